@@ -1,0 +1,1 @@
+"""DICOM in, (Scan, SemanticMap) out."""

@@ -1,0 +1,99 @@
+"""Volumes on disk and on other grids: NIfTI in and out, resampling, padding, cropping. No torch."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from numpy.typing import NDArray
+
+from medlsdm.checks import write_atomic
+from medlsdm.errors import DataError, GeometryError
+from medlsdm.types import Geometry
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+
+
+def nifti_stem(path: Path) -> str:
+    """Return the file name without ``.nii`` or ``.nii.gz``."""
+    for suffix in NIFTI_SUFFIXES:
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.stem
+
+
+def list_nifti(folder: Path) -> list[Path]:
+    """Return the NIfTI files of a folder (not below it), by name, hidden files left out."""
+    return sorted(p for p in folder.iterdir() if p.name.endswith(NIFTI_SUFFIXES) and not p.name.startswith("."))
+
+
+def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
+    """Read a 3D NIfTI file: float32 [X, Y, Z] in file order, or its integer type, and its grid.
+
+    Raises:
+        DataError: The file is missing, damaged or not NIfTI.
+        GeometryError: It is not 3D or its affine is unusable.
+    """
+    try:
+        image = nib.Nifti1Image.from_filename(path)
+        shape = image.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) != 3:
+            raise GeometryError(f"{path.name} has {len(shape)} axes; three are needed.", "Give one 3D volume a file.")
+        scaled = image.dataobj.slope not in (1.0, None) or image.dataobj.inter not in (0.0, None)  # type: ignore[union-attr]
+        integer = np.issubdtype(image.get_data_dtype(), np.integer) and not scaled
+        array = np.asarray(image.dataobj if integer else image.get_fdata(dtype=np.float32)).reshape(shape)
+        return array, Geometry(np.asarray(image.affine, dtype=np.float64), shape)
+    except (ImageFileError, OSError, EOFError, ValueError, TypeError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path.name} cannot be read as NIfTI.", "It may be damaged or of another format.") from error
+
+
+def write_nifti(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
+    """Write a NIfTI file whose header holds nothing but the array's type and the affine.
+
+    The gzip header carries neither time nor name, so equal volumes give equal bytes.
+    """
+    image = nib.Nifti1Image(array, geometry.affine)
+    image.header.set_xyzt_units("mm", "unknown")
+    image.set_sform(geometry.affine, code=1)
+    image.set_qform(geometry.affine, code=1)
+    content = image.to_bytes()
+    if path.name.endswith(".gz"):
+        content = gzip.compress(content, compresslevel=4, mtime=0)
+    write_atomic(path, content)
+
+
+def to_ras(array: NDArray[Any], geometry: Geometry) -> tuple[NDArray[Any], Geometry]:
+    """Flip and permute the axes so that they point as nearly as possible to R, A and S."""
+    orientation = nib.orientations.io_orientation(geometry.affine)
+    turned = nib.orientations.apply_orientation(array, orientation)
+    affine = geometry.affine @ nib.orientations.inv_ornt_aff(orientation, geometry.shape)
+    return turned, Geometry(affine, turned.shape)
+
+
+def from_ras(array: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
+    """Undo ``to_ras``: bring a RAS array back to the axes of ``geometry``."""
+    to = nib.orientations.io_orientation(geometry.affine)
+    canonical = np.array([[0, 1], [1, 1], [2, 1]])
+    return nib.orientations.apply_orientation(array, nib.orientations.ornt_transform(canonical, to))
+
+
+def pad_to(array: NDArray[Any], shape: tuple[int, int, int], *, value: float) -> NDArray[Any]:
+    """Pad at the end of each axis with ``value`` up to ``shape``; never crops."""
+    widths = [(0, max(0, target - n)) for n, target in zip(array.shape, shape, strict=True)]
+    return np.pad(array, widths, constant_values=value) if any(w for _, w in widths) else array
+
+
+def resample(array: NDArray[Any], geometry: Geometry, target: Geometry, *, order: int, fill: float) -> NDArray[Any]:
+    """Resample onto another grid by spline of ``order`` (0 for labels, 1 for scans); outside is ``fill``."""
+    from scipy import ndimage
+
+    index = np.linalg.inv(geometry.affine) @ target.affine
+    return ndimage.affine_transform(
+        array, index[:3, :3], tuple(index[:3, 3]), output_shape=target.shape, order=order, mode="constant", cval=fill
+    )
