@@ -95,5 +95,11 @@ def resample(array: NDArray[Any], geometry: Geometry, target: Geometry, *, order
 
     index = np.linalg.inv(geometry.affine) @ target.affine
     return ndimage.affine_transform(
-        array, index[:3, :3], tuple(index[:3, 3]), output_shape=target.shape, order=order, mode="constant", cval=fill
+        array,
+        index[:3, :3],
+        index[:3, 3],  # pyright: ignore[reportArgumentType]  # an offset for each axis is documented
+        output_shape=target.shape,
+        order=order,
+        mode="constant",
+        cval=fill,
     )
