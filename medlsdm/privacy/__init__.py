@@ -1,0 +1,1 @@
+"""What protects patients: the copy detector and the ledger of what training has spent."""
