@@ -1,0 +1,234 @@
+"""The command line ``medlsdm``: train, synthesise, evaluate."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medlsdm import __version__, terminal
+
+if TYPE_CHECKING:
+    from medlsdm.training.loop import Progress
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
+Kind = Annotated[str, typer.Option(help="CT, MR or PT.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"medlsdm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train on scans with label maps, and synthesise volumes from label maps alone."""
+
+
+def _modality(name: str):
+    from medlsdm.errors import UsageError
+    from medlsdm.types import Modality
+
+    try:
+        return Modality(name.upper())
+    except ValueError:
+        raise UsageError(f"{name!r} is not a modality.", "Use CT, MR or PT.") from None
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (.nii.gz, equal names).")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; run again to go on.")],
+    preset: Annotated[str, typer.Option(help="Preset name or YAML file.")] = "tiny",
+    modality: Kind = "MR",
+    schema: Annotated[
+        str | None, typer.Option(help="Label schema name or YAML file; made from the values if absent.")
+    ] = None,
+    steps_scale: Annotated[float, typer.Option(help="Multiply the preset's steps.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Train both stages on a folder of pairs. Running the same command again goes on where it stopped."""
+    from medlsdm.config import load_preset, load_schema
+    from medlsdm.training.folders import read_pairs
+
+    settings, kind = load_preset(preset).scaled(steps_scale), _modality(modality)
+    pairs = read_pairs(data, kind, load_schema(schema) if schema else None)
+
+    from medlsdm.training.patients import prepare
+    from medlsdm.training.run import TrainingRun
+
+    _set_threads(threads)
+    started = time.process_time()
+    with _progress() as report:
+        card = TrainingRun(out, settings, prepare(pairs, settings), seed=seed, progress=report).train()
+    result = {
+        "out": str(out),
+        "model_id": card.model_id,
+        "pairs": len(pairs),
+        "steps": card.steps,
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "card_digest": card.digest,
+    }
+    _render(result, json)
+
+
+@app.command()
+def synthesise(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a trained run.")],
+    labels: Annotated[Path, typer.Option(help="A label map, or a folder of them (.nii.gz).")],
+    out: Annotated[Path, typer.Option(help="Folder for the volumes.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="1 is none.")] = None,
+    modality: Annotated[str | None, typer.Option(help="CT, MR or PT; the checkpoint's first by default.")] = None,
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
+    json: Json = False,
+) -> None:
+    """Make one volume for each label map, on its grid and under its file name."""
+    from medlsdm.errors import BusyError
+
+    kind = _modality(modality) if modality else None
+    paths = _label_files(labels)
+    if out.exists() and not out.is_dir():
+        raise BusyError(f"{str(out)!r} is a file.", "Give a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise BusyError(f"The folder {str(out)!r} is not empty.", "Give another one, or --overwrite.")
+
+    from medlsdm.checkpoints import load_checkpoint
+    from medlsdm.synthesis import Synthesiser
+    from medlsdm.training.folders import read_labels
+    from medlsdm.volumes import nifti_stem, write_nifti
+
+    loaded = load_checkpoint(checkpoint)
+    synthesiser = Synthesiser(loaded, threads)
+    rows = []
+    for index, path in enumerate(paths):
+        started = time.process_time()
+        volume = synthesiser.synthesise(
+            read_labels(path, loaded.schema), seed=seed + index, steps=steps, guidance=guidance, modality=kind
+        )
+        target = out / f"{nifti_stem(path)}.nii.gz"
+        write_nifti(target, volume.array, volume.geometry)
+        rows.append({"file": target.name, "seed": seed + index, "cpu_seconds": round(time.process_time() - started, 2)})
+        print(f"{target.name} ({index + 1} of {len(paths)})", file=sys.stderr)
+    _render({"out": str(out), "card_digest": loaded.card.digest, "volumes": rows}, json)
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, typer.Option(help="Folder of real volumes.")],
+    synthetic: Annotated[Path, typer.Option(help="Folder of synthetic volumes.")],
+    modality: Kind = "MR",
+    json: Json = False,
+) -> None:
+    """Compare synthetic volumes with real ones."""
+    from medlsdm.checks import existing_folder
+    from medlsdm.errors import DataError
+    from medlsdm.volumes import list_nifti, read_nifti, to_ras
+
+    kind = _modality(modality)
+    groups = []
+    for folder, what in ((real, "The folder of real volumes"), (synthetic, "The folder of synthetic volumes")):
+        paths = list_nifti(existing_folder(folder, what))
+        if not paths:
+            raise DataError(f"{what} holds no NIfTI file.", "Put .nii.gz files there.")
+        groups.append([to_ras(*read_nifti(path))[0] for path in paths])
+
+    from medlsdm.evaluation.metrics import compare
+
+    _render(compare(groups[0], groups[1], kind).to_json(), json)
+
+
+def _label_files(path: Path) -> list[Path]:
+    from medlsdm.checks import existing_folder
+    from medlsdm.errors import DataError
+    from medlsdm.volumes import list_nifti
+
+    if path.is_file():
+        return [path]
+    found = list_nifti(existing_folder(path, "The label map folder"))
+    if not found:
+        raise DataError(f"{str(path)!r} holds no NIfTI file.", "Put .nii.gz label maps there.")
+    return found
+
+
+def _set_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _render(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        terminal.print_json(result)
+        return
+    for key, value in result.items():
+        rows = value if isinstance(value, list) else [value]
+        for row in rows:
+            print(f"{key.replace('_', ' ')}: {_plain(row)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, tuple):
+        return " ".join(_plain(v) for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """Show a bar on stderr where a terminal is there, else a line every 15 s."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bars(*columns, console=console) as bars:
+            tasks: dict[str, Any] = {}
+
+            def advance(progress: Progress) -> None:
+                if progress.stage not in tasks:
+                    tasks[progress.stage] = bars.add_task(progress.stage, total=progress.steps)
+                text = f"{progress.stage}, loss {progress.loss:.3f}"
+                bars.update(tasks[progress.stage], completed=progress.step, description=text)
+
+            yield advance
+        return
+    last = [0.0]
+
+    def line(progress: Progress) -> None:
+        if time.monotonic() - last[0] > 15 or progress.step == progress.steps:
+            last[0] = time.monotonic()
+            text = f"{progress.stage}: step {progress.step} of {progress.steps}, loss {progress.loss:.4f}"
+            print(text, file=sys.stderr, flush=True)
+
+    yield line
+
+
+def main() -> None:
+    """Run ``medlsdm``."""
+    terminal.run(app, "medlsdm")
+
+
+if __name__ == "__main__":
+    main()

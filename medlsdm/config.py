@@ -1,0 +1,202 @@
+"""Presets and label schemas: frozen settings, read from YAML. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medlsdm.errors import ConfigError, SchemaError
+from medlsdm.types import LabelSchema
+
+Triple = tuple[int, int, int]
+
+
+class Settings(BaseModel):
+    """Forbid unknown keys and changes after the fact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AutoencoderConfig(Settings):
+    """Shape the VQ-GAN of stage 1.
+
+    ``strides`` is the compression per axis; the first factor of two is a space-to-depth stem, so
+    no convolution runs at full resolution. ``channels`` and the numbers of residual blocks name one value
+    for each scale after the stem, the finest first.
+    """
+
+    strides: Triple = (4, 4, 4)
+    channels: tuple[int, ...] = (32, 64)
+    encoder_blocks: tuple[int, ...] = (1, 1)
+    decoder_blocks: tuple[int, ...] = (1, 1)
+    quantiser: Literal["fsq", "none"] = "fsq"
+    levels: tuple[int, ...] = (8, 8, 8, 8, 5, 5, 5, 5)
+    label_width: int = Field(16, ge=1)
+    label_dropout: float = Field(0.1, ge=0, le=1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Return the number of latent channels: one for each quantiser level."""
+        return len(self.levels)
+
+    @property
+    def patch(self) -> Triple:
+        """Return the stem's space-to-depth factor for each axis."""
+        x, y, z = (min(2, stride) for stride in self.strides)
+        return x, y, z
+
+    @property
+    def down(self) -> tuple[Triple, ...]:
+        """Return the factors by which each later scale shrinks the one before."""
+        left = [stride // patch for stride, patch in zip(self.strides, self.patch, strict=True)]
+        steps: list[Triple] = []
+        while max(left) > 1:
+            x, y, z = (min(2, n) for n in left)
+            steps.append((x, y, z))
+            left = [n // s for n, s in zip(left, steps[-1], strict=True)]
+        return tuple(steps)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if any(s not in (1, 2, 4, 8) for s in self.strides):
+            raise ValueError(f"strides {self.strides} are not all among 1, 2, 4 and 8")
+        if len(self.channels) != 1 + len(self.down):
+            raise ValueError(f"strides {self.strides} need {1 + len(self.down)} channels, not {len(self.channels)}")
+        if not len(self.channels) == len(self.encoder_blocks) == len(self.decoder_blocks):
+            raise ValueError("channels, encoder_blocks and decoder_blocks are not equally many")
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels {self.levels} are not all at least 2")
+        return self
+
+
+class DenoiserConfig(Settings):
+    """Shape the semantic U-Net of stage 2; ``channels`` names one width for each scale."""
+
+    channels: tuple[int, ...] = (32, 64)
+    blocks: int = Field(1, ge=1)
+    label_width: int = Field(16, ge=1)
+    embedding_width: int = Field(64, ge=8)
+    label_dropout: float = Field(0.1, ge=0, le=1)
+
+
+class StageConfig(Settings):
+    """Say how one stage trains."""
+
+    steps: int = Field(ge=0)
+    batch: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup: int = Field(20, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    save_every: int = Field(200, ge=1)
+
+
+class SamplingConfig(Settings):
+    """Say how a volume is drawn; guidance 1 means none."""
+
+    sampler: Literal["euler", "heun"] = "heun"
+    steps: int = Field(6, ge=1)
+    guidance: float = Field(1.0, ge=0)
+
+
+class Preset(Settings):
+    """Hold everything that shapes and trains a model. ``window`` is the largest training crop."""
+
+    name: str
+    window: Triple
+    autoencoder: AutoencoderConfig
+    denoiser: DenoiserConfig
+    stage1: StageConfig
+    stage2: StageConfig
+    sampling: SamplingConfig
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if any(n % s for n, s in zip(self.window, self.autoencoder.strides, strict=True)):
+            raise ValueError(f"window {self.window} is no multiple of strides {self.autoencoder.strides}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the resolved settings."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def scaled(self, factor: float) -> Preset:
+        """Return the preset with the steps of both stages multiplied by ``factor`` (at least one step)."""
+        if not factor > 0:
+            raise ConfigError(f"A step scale of {factor:g} makes no sense.", "Give a number above 0.")
+        stages = {
+            name: stage.model_copy(update={"steps": max(1, round(stage.steps * factor))})
+            for name, stage in (("stage1", self.stage1), ("stage2", self.stage2))
+        }
+        return self.model_copy(update=stages)
+
+
+def config_folder() -> Path:
+    """Return ``configs/``: inside the installed package, else beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "presets").is_dir():
+            return folder
+    raise ConfigError("The folder configs/ is missing from this installation.", "Install medlsdm again.")
+
+
+def _read_yaml(name_or_path: str, kind: str) -> dict[str, Any]:
+    """Read a YAML mapping by path, or by name from ``configs/<kind>``."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        folder = config_folder() / kind
+        path = folder / f"{name_or_path}.yaml"
+        if path.parent != folder or not path.is_file():
+            known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+            raise ConfigError(f"There is no {kind[:-1]} {name_or_path!r}.", f"Known: {known}; or give a .yaml file.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path.name} cannot be read as YAML.", "Check path and contents.") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path.name} holds no settings.", "It must be a YAML mapping.")
+    return data
+
+
+def parse_preset(data: object) -> Preset:
+    """Build a preset from plain values, as a card or a plan carries them."""
+    try:
+        return Preset.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "preset"
+        raise ConfigError(f"The preset is not valid at {where}: {first['msg']}.", "Correct the setting.") from error
+
+
+def load_preset(name_or_path: str) -> Preset:
+    """Load a preset by name (``tiny``) or from a YAML file.
+
+    Raises:
+        ConfigError: There is none of that name, or a setting is wrong.
+    """
+    return parse_preset(_read_yaml(name_or_path, "presets"))
+
+
+def load_schema(name_or_path: str) -> LabelSchema:
+    """Load a label schema by name (``hippocampus``) or from a YAML file.
+
+    Raises:
+        ConfigError: There is none of that name.
+        SchemaError: It names ids or classes twice, or lacks a field.
+    """
+    return LabelSchema.from_json(_read_yaml(name_or_path, "schemas"))
+
+
+def schema_of_values(values: set[int]) -> LabelSchema:
+    """Make a schema for label values whose names are not known: "label 1", "label 2", ..."""
+    rows = [{"id": 0, "name": "background"}]
+    rows += [{"id": v, "name": f"label {v}"} for v in sorted(values - {0})]
+    if len(rows) < 2:
+        raise SchemaError("The label maps hold background only.", "Check that they are label maps.")
+    return LabelSchema.from_json({"name": "unnamed", "classes": rows})

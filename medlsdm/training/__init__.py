@@ -1,0 +1,1 @@
+"""From (scan, label map) pairs to weights: patients, two stages, one loop."""
