@@ -1,0 +1,159 @@
+"""The command line ``medlsdm-deid``: de-identify a folder, or check one that was written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from medlsdm.errors import ConfigError, DataError, QuarantineError
+from medlsdm.terminal import print_json
+from medlsdm.terminal import run as run_app
+
+if TYPE_CHECKING:
+    from deid_tools.keys import SiteKeys
+    from deid_tools.report import DeidReport
+    from medlsdm.types import LabelSchema
+
+app = typer.Typer(
+    help="De-identify DICOM studies and their label maps; whatever is in doubt is held, with a reason.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+_KEY_BYTES = 32
+
+
+def main() -> NoReturn:
+    """Run the program."""
+    run_app(app, "medlsdm-deid")
+
+
+def default_key_file() -> Path:
+    """Return where the site's master key lies: ``$XDG_DATA_HOME/medlsdm/deid.key``."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(home) / "medlsdm" / "deid.key"
+
+
+def load_master_key(path: Path) -> bytes:
+    """Read the master key (64 hex digits), or make one with mode 0600 where there is none.
+
+    Raises:
+        ConfigError: The file is not a key, or others may read it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if path.stat().st_mode & 0o077:
+            raise ConfigError("Others may read the key file.", "Run: chmod 600 on it.") from None
+        try:
+            key = bytes.fromhex(path.read_text().strip())
+        except ValueError:
+            key = b""
+        if len(key) != _KEY_BYTES:
+            raise ConfigError("The key file does not hold 64 hex digits.", "Restore it from your backup.") from None
+        return key
+    key = secrets.token_bytes(_KEY_BYTES)
+    with os.fdopen(handle, "w") as stream:
+        stream.write(key.hex() + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    return key
+
+
+@app.command("run")
+def run_command(
+    source: Path = typer.Argument(..., metavar="IN", help="The folder with DICOM files, searched through."),
+    out: Path = typer.Argument(..., metavar="OUT", help="Where the result goes: empty, absent, or an earlier output."),
+    key: Path | None = typer.Option(
+        None, "--key", help="The site's key file; made if absent. Keep it, and keep it secret."
+    ),
+    project: str = typer.Option("default", help="The project; two projects give one patient two pseudonyms."),
+    schema: Path | None = typer.Option(None, help="A label schema (YAML or JSON) that names the segments."),
+    json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """De-identify every series under IN into OUT, and say what is held and why."""
+    from deid_tools.keys import SiteKeys
+    from deid_tools.pipeline import deidentify
+
+    if not source.is_dir():
+        raise DataError("The source is not a folder.", "Check the path.")
+    names = _load_schema(schema) if schema else None
+    keys: SiteKeys = SiteKeys.derive(load_master_key(key or default_key_file()), project)
+    with _progress() as progress:
+        report = deidentify(source, out, keys, schema=names, progress=progress)
+    if json and report.series:
+        print_json(report.to_json())
+    elif not json:
+        _print_report(report)
+    if not report.series:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.reasons().items())
+        raise QuarantineError(f"Nothing passed: {reasons}.", "Look at the reasons and export the series again.")
+
+
+@app.command()
+def verify(
+    folder: Path = typer.Argument(..., metavar="DIR", help="An output folder of 'run'."),
+    json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
+) -> None:
+    """Check every file of an output folder with lists of its own; exit 10 if something is found."""
+    from deid_tools.verify import verify_folder
+    from medlsdm.checks import existing_folder
+
+    findings = verify_folder(existing_folder(folder, "The folder"))
+    if json:
+        print_json({"clean": not findings, "findings": [{"file": f.file, "reason": f.reason} for f in findings]})
+    else:
+        for finding in findings:
+            print(f"{finding.file}: {finding.reason}")
+        print("clean" if not findings else f"{len(findings)} findings")
+    if findings:
+        if json:
+            raise typer.Exit(QuarantineError.exit_status)
+        raise QuarantineError(f"{len(findings)} findings.", "Do not use these files; de-identify the originals again.")
+
+
+def _load_schema(path: Path) -> LabelSchema:
+    import yaml
+
+    from medlsdm.types import LabelSchema
+
+    try:
+        return LabelSchema.from_json(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise DataError(f"The label schema {path.name!r} cannot be read.", "Give a YAML or JSON file.") from None
+
+
+def _print_report(report: DeidReport) -> None:
+    images = sum(s.images for s in report.series)
+    print(f"{len(report.series)} series of {report.patients} patients passed: {images} images,", end=" ")
+    print(f"{sum(s.labels for s in report.series)} label maps; {len(report.held)} of {report.files_seen} files held")
+    for reason, count in report.reasons().items():
+        print(f"  held {count:>5}  {reason}")
+    print(report.ocr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show progress on stderr where it is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done + 1)
+
+        yield show

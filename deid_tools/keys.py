@@ -1,0 +1,51 @@
+"""The secrets behind pseudonyms: three keys for one site and one project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from medlsdm.errors import ConfigError
+
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SiteKeys:
+    """Hold the keys for UIDs, dates and pseudonyms, 32 bytes each; ``repr`` shows nothing.
+
+    Guarantee: without the keys, nobody can test whether a guessed UID or patient ID is behind a
+        pseudonym (HMAC-SHA256), and two projects with different names cannot be linked.
+    """
+
+    uid: bytes
+    date: bytes
+    pseudonym: bytes
+
+    def __post_init__(self) -> None:
+        if any(len(key) != KEY_BYTES for key in (self.uid, self.date, self.pseudonym)):
+            raise ConfigError("A site key does not have 32 bytes.", "Derive the keys from one master key.")
+
+    def __repr__(self) -> str:
+        return "SiteKeys(secret)"
+
+    @classmethod
+    def derive(cls, master: bytes, project: str) -> Self:
+        """Derive the three keys from one master key by HKDF-SHA256, bound to the project's name.
+
+        Raises:
+            ConfigError: The master key is shorter than 32 bytes or the project has no name.
+        """
+        if len(master) < KEY_BYTES or not project:
+            raise ConfigError(
+                "The master key is too short or the project has no name.", "Use 32 random bytes and a project name."
+            )
+
+        def expand(purpose: str) -> bytes:
+            info = f"medlsdm-deid/1/{purpose}/{project}".encode()
+            return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(master)
+
+        return cls(expand("uid"), expand("date"), expand("pseudonym"))

@@ -1,0 +1,74 @@
+"""What a run of the pipeline says: to a program, to the person at the machine, and to nobody else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROGRAM = "medlsdm-deid"
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesRecord:
+    """Describe one series that passed: its token (pseudonym/series), modality, and how many files."""
+
+    token: str
+    modality: str
+    images: int
+    labels: int
+    already: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeldFile:
+    """Say why one file is held. ``path`` is for the local user and is never written down."""
+
+    token: str
+    path: Path = field(repr=False)
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeidReport:
+    """Sum up a run: what passed, what is held and why, and with which recipe and tools."""
+
+    series: tuple[SeriesRecord, ...]
+    held: tuple[HeldFile, ...] = field(repr=False)
+    files_seen: int
+    recipe_sha256: str
+    ocr: str
+    tools: dict[str, str]
+
+    @property
+    def patients(self) -> int:
+        """Return how many pseudonyms the passed series belong to."""
+        return len({record.token.split("/")[0] for record in self.series})
+
+    def reasons(self) -> dict[str, int]:
+        """Return how many files are held for each reason, the most frequent first."""
+        return dict(Counter(h.reason for h in self.held).most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values without paths: safe to keep beside the output."""
+        return {
+            "program": PROGRAM,
+            "files_seen": self.files_seen,
+            "patients": self.patients,
+            "series": [
+                {
+                    "token": s.token,
+                    "modality": s.modality,
+                    "images": s.images,
+                    "labels": s.labels,
+                    "already_there": s.already,
+                }
+                for s in self.series
+            ],
+            "quarantined": [{"token": h.token, "reason": h.reason} for h in self.held],
+            "reasons": self.reasons(),
+            "recipe_sha256": self.recipe_sha256,
+            "burned_in_text": self.ocr,
+            "tools": self.tools,
+        }
