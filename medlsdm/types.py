@@ -196,7 +196,7 @@ class SemanticMap:
         SchemaError: A value is not in the schema.
     """
 
-    array: NDArray[np.uint8] | NDArray[np.uint16]
+    array: NDArray[np.integer[Any]]
     geometry: Geometry
     schema: LabelSchema
 

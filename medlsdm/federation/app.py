@@ -1,0 +1,61 @@
+"""The thin Flower app: both sides build the same archive and compare its digest.
+
+The archive names ``medlsdm_server.serverapp:app`` and ``medlsdm_node.clientapp:app``, which each side
+has installed; it carries no code. ``flwr build`` writes equal bytes for equal files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from medlsdm.errors import ConfigError, RoundError
+
+APP_FOLDER = Path(__file__).parent / "flower_app"
+
+
+def program(name: str) -> str:
+    """Return the path of a console script that was installed with us (``flwr``, ``flower-supernode``)."""
+    path = Path(sysconfig.get_path("scripts")) / name
+    if path.exists():
+        return str(path)
+    found = shutil.which(name)
+    if found is None:
+        raise ConfigError(f"The program {name} is not installed.", "Install medlsdm again, with its dependencies.")
+    return found
+
+
+def flower_environment(flwr_home: Path, **extra: str) -> dict[str, str]:
+    """Return the environment for any Flower process: no telemetry, no update check, own home."""
+    return os.environ | {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_HOME": str(flwr_home),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+        "PYTHONWARNINGS": "ignore",
+        "NO_COLOR": "1",
+        **extra,
+    }
+
+
+def build_archive(folder: Path, flwr_home: Path) -> Path:
+    """Build the app's archive (FAB) in ``folder`` and return its path; its name ends in its digest."""
+    source = folder / "federation"  # flwr wants the folder named like a project
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(APP_FOLDER, source, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [program("flwr"), "build", "--app", str(source)],
+        cwd=folder,
+        env=flower_environment(flwr_home),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    archives = sorted(folder.glob("medlsdm.federation.*.fab"))
+    if done.returncode != 0 or not archives:
+        raise RoundError("The Flower app could not be built.", f"flwr build said: {done.stderr.strip()[-200:]}")
+    return archives[-1]

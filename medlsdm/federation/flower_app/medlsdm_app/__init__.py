@@ -1,0 +1,1 @@
+"""Empty on purpose: what runs is what each site installed."""

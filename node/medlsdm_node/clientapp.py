@@ -1,0 +1,54 @@
+"""Flower's way in: one message in, one message out. Only public words and weights leave."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from medlsdm.errors import MedlsdmError
+from medlsdm.federation.plan import RoundPlan
+from medlsdm_node.home import NodeHome
+from medlsdm_node.rounds import run_round
+from medlsdm_node.status import write_activity
+
+log = logging.getLogger(__name__)
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Run one round. Whatever goes wrong, the coordinator reads ``public_text`` and no more."""
+    home = NodeHome.default(None)
+    try:
+        plan = RoundPlan.from_json(str(message.content["config"]["plan"]))  # type: ignore[index]
+        arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}  # type: ignore[union-attr]
+        with home.locked("round"):
+            write_activity(home, "starting", stage=plan.stage, round=plan.round, rounds=plan.rounds)
+            trained, reply = run_round(home, plan, arrays)
+    except MedlsdmError as error:
+        return _refusal(home, message, error, str(error))
+    except MemoryError:
+        return _refusal(home, message, MedlsdmError("Memory ran out."), "Memory ran out: use a smaller preset.")
+    except Exception as error:
+        unexpected = MedlsdmError(f"Unexpected {type(error).__name__}.")
+        return _refusal(home, message, unexpected, traceback.format_exc())
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(value) for name, value in trained.items()}),
+            "metrics": MetricRecord({"weight": reply.weight}),
+            "reply": ConfigRecord({"reply": reply.to_json()}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def _refusal(home: NodeHome, message: Message, error: MedlsdmError, local: str) -> Message:
+    """Keep the full story on this machine; send the public sentence."""
+    with (home.logs / "rounds.log").open("a", encoding="utf-8") as stream:
+        stream.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {error.code}: {local}\n")
+    write_activity(home, "refused", reason=error.message)
+    return Message(Error(error.exit_status, error.public_text), reply_to=message)

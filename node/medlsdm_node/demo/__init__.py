@@ -1,0 +1,1 @@
+"""Three hospitals and a coordinator on one machine, driven by their command lines as users would."""

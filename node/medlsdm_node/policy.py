@@ -1,0 +1,86 @@
+"""The site's own rules, in a file that only the hospital writes: asked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from medlsdm.sharing.gate import GatePolicy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medlsdm.errors import ConfigError, PolicyError, SchemaError
+from medlsdm.federation.plan import RoundPlan, Stage
+from medlsdm.types import LabelSchema
+
+DEFAULT_POLICY = """\
+# What this hospital allows. Only people of this hospital change this file; no message from outside can.
+stages: [stage1, stage2]      # what may be trained here
+max_steps_per_round: 100000   # refuse longer rounds
+min_patients: 3               # refuse to train on fewer patients than this
+min_sites: 2                  # refuse rounds with fewer sites: an average of one is that site's own update
+max_epsilon: null             # a number demands differential privacy; null allows training without it
+share_loss: true              # tell the coordinator the mean training loss of a round
+weight: rounded               # how much this site counts: patients rounded down to a power of two, or "equal"
+"""
+
+
+class SitePolicy(BaseModel):
+    """Hold the rules; see DEFAULT_POLICY for what each one means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    stages: tuple[Stage, ...] = (Stage.STAGE1, Stage.STAGE2)
+    max_steps_per_round: int = Field(default=100_000, ge=1)
+    min_patients: int = Field(default=3, ge=1)
+    min_sites: int = Field(default=2, ge=1)
+    max_epsilon: float | None = Field(default=None, ge=0)
+    share_loss: bool = True
+    weight: Literal["rounded", "equal"] = "rounded"
+    gate: GatePolicy = GatePolicy()
+
+    def check_plan(self, plan: RoundPlan, schema: LabelSchema) -> None:
+        """Raise PolicyError or SchemaError unless the round may run here."""
+        if plan.stage not in self.stages:
+            raise PolicyError(f"This site does not train {plan.stage}.", "Change 'stages' in policy.yaml to allow it.")
+        if plan.steps > self.max_steps_per_round:
+            raise PolicyError(
+                f"The round asks for {plan.steps} steps; {self.max_steps_per_round} are allowed.",
+                "Change 'max_steps_per_round' in policy.yaml to allow it.",
+            )
+        if plan.sites < self.min_sites:
+            raise PolicyError(
+                f"The round has {plan.sites} sites; at least {self.min_sites} are required.",
+                "Change 'min_sites' in policy.yaml to allow it.",
+            )
+        if LabelSchema.from_json(plan.labels).digest != schema.digest:
+            raise SchemaError(
+                "The round's label schema is not this site's.", "Agree on one schema file and run init with it."
+            )
+
+    def check_patients(self, patients: int) -> None:
+        """Raise PolicyError if there are too few patients to hide in."""
+        if patients < self.min_patients:
+            raise PolicyError(
+                f"The vault holds {patients} patients; at least {self.min_patients} are required.",
+                "Ingest more, or change 'min_patients' in policy.yaml.",
+            )
+
+    def declared_weight(self, patients: int) -> float:
+        """Return how much this site counts in the average, without telling how many patients it has."""
+        return 1.0 if self.weight == "equal" else float(2 ** int(math.log2(max(1, patients))))
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Read the policy file; a damaged one refuses everything.
+
+    Raises:
+        ConfigError: It is missing or does not read.
+    """
+    try:
+        return SitePolicy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except OSError as error:
+        raise ConfigError("policy.yaml is missing.", "Restore it; without it this site does nothing.") from error
+    except (ValidationError, yaml.YAMLError) as error:
+        where = ".".join(str(p) for p in error.errors()[0]["loc"]) if isinstance(error, ValidationError) else "YAML"
+        raise ConfigError(f"policy.yaml cannot be read ({where}).", "Correct it; until then nothing runs.") from error

@@ -1,0 +1,73 @@
+"""What the node is doing, in one small file that the round writes and ``status`` reads."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import Any, NoReturn
+
+from medlsdm.checks import write_atomic
+from medlsdm_node.home import NodeHome
+
+WATCH_SECONDS = 0.5
+
+
+def free_port() -> int:
+    """Return a loopback port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_activity(home: NodeHome, activity: str, **fields: Any) -> None:
+    """Say what the node does now: ``idle``, ``training``, ``synthesising``, ..."""
+    content = json.dumps({"activity": activity, "time": round(time.time(), 2)} | fields)
+    write_atomic(home.run / "activity.json", content.encode())
+
+
+def read_activity(home: NodeHome) -> dict[str, Any]:
+    """Return what the node does now."""
+    path = home.run / "activity.json"
+    return json.loads(path.read_bytes()) if path.exists() else {"activity": "idle", "time": 0}
+
+
+def watch_activity(home: NodeHome) -> NoReturn:
+    """Print the activity as one JSON line whenever it changes, until stopped."""
+    last: dict[str, Any] = {}
+    while True:
+        now = read_activity(home)
+        if now != last:
+            print(json.dumps(now), flush=True)
+            last = now
+        time.sleep(WATCH_SECONDS)
+
+
+def read_losses(home: NodeHome) -> list[dict[str, Any]]:
+    """Return the training losses of this node: stage, round, step, loss."""
+    if not home.losses.exists():
+        return []
+    lines = home.losses.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def node_status(home: NodeHome) -> dict[str, Any]:
+    """Return everything that ``status`` shows; pseudonyms and counts stay on this machine."""
+    from medlsdm_node.vault import PAIR, SYNTHETIC, Vault
+
+    settings = home.settings
+    vault = Vault(home)
+    server = json.loads(home.server_file.read_bytes()) if home.server_file.exists() else None
+    return {
+        "site": settings.site,
+        "home": str(home.root),
+        "schema": settings.label_schema.name,
+        "server": f"{server['host']}:{server['port']}" if server else None,
+        "patients": len(vault.subjects()),
+        "pairs": len(vault.names(PAIR)),
+        "waiting_synthetic": len(vault.names(SYNTHETIC)),
+        "models": sorted(p.name for p in home.models.iterdir() if not p.name.startswith(".")),
+        "activity": read_activity(home),
+        "losses": read_losses(home),
+        "audit_records": len(home.audit.records()),
+    }
