@@ -36,20 +36,24 @@ def check_digest(path: Path, expected: str) -> None:
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write through a temporary file, fsync, and rename into place, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    temporary = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
         with os.fdopen(handle, "wb") as stream:
             os.fchmod(stream.fileno(), mode)
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        temporary = ""
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise ResourceError(
             f"{path.name} could not be written ({error.strerror}).", "Check free space and permissions."
         ) from error
+    finally:
+        if temporary:  # whatever stopped us, Ctrl-C included, no draft stays behind
+            Path(temporary).unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

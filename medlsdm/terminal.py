@@ -18,6 +18,9 @@ import typer
 from medlsdm.errors import MedlsdmError, ResourceError, UsageError
 
 
+_STOPPED = 130
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
@@ -33,14 +36,17 @@ def _fail(program: str, error: MedlsdmError) -> NoReturn:
 def run(app: typer.Typer, program: str) -> NoReturn:
     """Run a typer app as a program: every error becomes one line and its documented exit status."""
     try:
-        sys.exit(app(prog_name=program, standalone_mode=False) or 0)
+        status = app(prog_name=program, standalone_mode=False) or 0
+        if status == _STOPPED:  # typer turns Ctrl-C into a silent status
+            raise KeyboardInterrupt
+        sys.exit(status)
     except MedlsdmError as error:
         _fail(program, error)
     except click.ClickException as error:
         _fail(program, UsageError(error.format_message(), f"See '{program} --help'."))
     except (click.Abort, KeyboardInterrupt):
         print(f"{program}: stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

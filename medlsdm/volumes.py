@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from medlsdm.checks import write_atomic
 from medlsdm.errors import DataError, GeometryError
 from medlsdm.types import Geometry
 
+_UNREADABLE = (ImageFileError, WrapStructError, HeaderDataError, zlib.error, OSError, EOFError, ValueError, TypeError)
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 
@@ -49,7 +53,7 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
         integer = np.issubdtype(image.get_data_dtype(), np.integer) and not scaled
         array = np.asarray(image.dataobj if integer else image.get_fdata(dtype=np.float32)).reshape(shape)
         return array, Geometry(np.asarray(image.affine, dtype=np.float64), shape)
-    except (ImageFileError, OSError, EOFError, ValueError, TypeError, gzip.BadGzipFile) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path.name} cannot be read as NIfTI.", "It may be damaged or of another format.") from error
 
 

@@ -135,7 +135,7 @@ def _gates(data: DemoReport) -> str:
     rows = []
     for gate in data.gates:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in gate.reasons.items()) or "none"
-        css = "good" if gate.plants_caught == gate.planted else "bad"
+        css = "good" if gate.plants_caught == gate.planted else ""
         rows.append(
             f'<tr><td>{html.escape(gate.site)}</td><td class="number">{gate.made}</td>'
             f'<td class="number">{gate.passed}</td><td class="number">{gate.blocked}</td>'

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from medlsdm.types import LabelSchema
@@ -93,7 +94,8 @@ def _letters(axes: Any, letters: str) -> None:
     spots = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"),
              (0.5, 0.02, "center", "bottom"))  # fmt: skip
     for letter, (x, y, across, up) in zip(letters, spots, strict=True):
-        axes.text(x, y, letter, transform=axes.transAxes, color="#ffd479", fontsize=8, ha=across, va=up)
+        axes.text(x, y, letter, transform=axes.transAxes, color="#ffd479", fontsize=8, ha=across, va=up,
+                  path_effects=[withStroke(linewidth=2, foreground=_DARK)])  # fmt: skip
 
 
 def draw_examples(examples: Sequence[Example], schema: LabelSchema) -> Figure:
