@@ -17,7 +17,6 @@ import typer
 
 from medlsdm.errors import MedlsdmError, ResourceError, UsageError
 
-
 _STOPPED = 130
 
 
