@@ -30,66 +30,31 @@ _FUNCTIONS = ("keyed_uid",)
 _VARIABLES = ("pseudonym",)
 _NUMBERS = ("DS", "IS", "US", "SS", "UL", "SL", "FD", "FL")
 
+
+def _terms(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 TERMS: dict[str, frozenset[str]] = {
-    "Modality": frozenset(("CT", "MR", "PT", "SEG")),
-    "ImageType": frozenset(
-        [
-            "ORIGINAL",
-            "DERIVED",
-            "PRIMARY",
-            "SECONDARY",
-            "AXIAL",
-            "M",
-            "M_FFE",
-            "NONE",
-            "NORM",
-            "DIS2D",
-            "DIS3D",
-            "ADD",
-            "VOLUME",
-            "MIXED",
-            "T1",
-            "T2",
-            "PROTON_DENSITY",
-            "DIFFUSION",
-            "FFE",
-            "SE",
-        ]
+    "Modality": _terms("CT MR PT SEG"),
+    "ImageType": _terms(
+        "ORIGINAL DERIVED PRIMARY SECONDARY AXIAL M M_FFE NONE NORM DIS2D DIS3D ADD VOLUME MIXED T1 T2 "
+        "PROTON_DENSITY DIFFUSION FFE SE"
     ),
-    "PatientPosition": frozenset(["HFP", "HFS", "HFDR", "HFDL", "FFDR", "FFDL", "FFP", "FFS"]),
-    "MRAcquisitionType": frozenset(("2D", "3D")),
-    "ScanningSequence": frozenset(("SE", "IR", "GR", "EP", "RM")),
-    "SequenceVariant": frozenset(("SK", "MTC", "SS", "TRSS", "SP", "MP", "OSP", "NONE")),
-    "Units": frozenset(
-        [
-            "CNTS",
-            "NONE",
-            "CM2",
-            "PCNT",
-            "CPS",
-            "BQML",
-            "MGMINML",
-            "UMOLMINML",
-            "MLMING",
-            "MLG",
-            "1CM",
-            "UMOLML",
-            "PROPCNTS",
-            "GML",
-            "STDDEV",
-        ]
-    ),
-    "SUVType": frozenset(("BSA", "BW", "LBM", "LBMJAMES128", "LBMJANMA", "IBW")),
-    "DecayCorrection": frozenset(("NONE", "START", "ADMIN")),
-    "CorrectedImage": frozenset(
-        ["DECY", "RADL", "ATTN", "SCAT", "DTIM", "MOTN", "PMOT", "CLN", "RAN", "RADL", "DCAL", "NORM"]
-    ),
-    "PhotometricInterpretation": frozenset(("MONOCHROME2",)),
-    "RescaleType": frozenset(("HU", "US", "OD")),
-    "LossyImageCompression": frozenset(("00", "01")),
-    "SegmentationType": frozenset(("BINARY", "FRACTIONAL", "LABELMAP")),
-    "SegmentationFractionalType": frozenset(("PROBABILITY", "OCCUPANCY")),
-    "SegmentsOverlap": frozenset(("YES", "NO", "UNDEFINED")),
+    "PatientPosition": _terms("HFP HFS HFDR HFDL FFDR FFDL FFP FFS"),
+    "MRAcquisitionType": _terms("2D 3D"),
+    "ScanningSequence": _terms("SE IR GR EP RM"),
+    "SequenceVariant": _terms("SK MTC SS TRSS SP MP OSP NONE"),
+    "Units": _terms("CNTS NONE CM2 PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS GML STDDEV"),
+    "SUVType": _terms("BSA BW LBM LBMJAMES128 LBMJANMA IBW"),
+    "DecayCorrection": _terms("NONE START ADMIN"),
+    "CorrectedImage": _terms("DECY RADL ATTN SCAT DTIM MOTN PMOT CLN RAN DCAL NORM"),
+    "PhotometricInterpretation": _terms("MONOCHROME2"),
+    "RescaleType": _terms("HU US OD"),
+    "LossyImageCompression": _terms("00 01"),
+    "SegmentationType": _terms("BINARY FRACTIONAL LABELMAP"),
+    "SegmentationFractionalType": _terms("PROBABILITY OCCUPANCY"),
+    "SegmentsOverlap": _terms("YES NO UNDEFINED"),
 }
 """The terms that a code string may hold; any other term is dropped (ImageType: becomes NONE)."""
 

@@ -44,7 +44,6 @@ _EMPTY = {
         "RadiopharmaceuticalInformationSequence",
         "PatientOrientationCodeSequence",
         "PatientGantryRelationshipCodeSequence",
-        "PatientPosition",
         "Laterality",
     ],
     "SEG": ["ContentCreatorName", "ContentDescription"],
@@ -82,13 +81,14 @@ _MULTIFRAME: dict[str, Any] = {
     "ContentDate": DUMMY_DATE,
     "ContentTime": DUMMY_TIME,
 }
-_VALUED = ("SeriesNumber", "InstanceNumber", "Manufacturer")
 
 
 def complete(ds: Dataset, kind: str, *, multiframe: bool) -> None:
     """Put back, empty or with a dummy, what the object's definition asks for (PS3.3 A and C)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        if kind == "PT" and not multiframe and "PatientPosition" in ds:
+            del ds.PatientPosition  # classic PET states it as codes, and not both ways (PS3.3 C.8.4.6)
         if multiframe:
             for keyword, value in _MULTIFRAME.items():
                 setattr(ds, keyword, value)
@@ -104,6 +104,7 @@ def stamp(ds: Dataset) -> None:
     """State that the object was de-identified, and how (PS3.15 E.1.1 and CID 7050)."""
     from deid_tools.nested import coded
 
+    ds.SpecificCharacterSet = "ISO_IR 192"
     ds.PatientIdentityRemoved = "YES"
     ds.DeidentificationMethod = METHOD
     ds.DeidentificationMethodCodeSequence = [coded(value, "DCM", meaning) for value, meaning in STAMP_CODES]

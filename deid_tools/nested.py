@@ -47,10 +47,6 @@ TREE: Tree = {
         "DimensionIndexPointer": None,
         "FunctionalGroupPointer": None,
     },
-    "ReferencedSeriesSequence": {
-        "SeriesInstanceUID": None,
-        "ReferencedInstanceSequence": {"ReferencedSOPClassUID": None, "ReferencedSOPInstanceUID": None},
-    },
 }
 _NUMBERS = ("DS", "IS", "FD", "FL", "US", "UL", "SS", "SL", "AT")
 

@@ -50,6 +50,8 @@ def _read_pair(folder: Path, schema: LabelSchema) -> PairResult:
         return PairResult(token, None, None, refusal.reason)
     except DataError as error:
         return PairResult(token, None, None, str(error))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError):
+        return PairResult(token, None, None, "the series was changed or damaged after it was written")
     except MemoryError:
         return PairResult(token, None, None, "the series is too large for this machine's memory")
     return PairResult(token, scan, labels, "" if labels else NO_LABELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from deid_tools.series import SeriesPlan, plan_series
 from deid_tools.uids import pseudonym, series_token
 from deid_tools.verify import HARMLESS, check_file
 from medlsdm.checks import existing_folder, file_digest, write_atomic
-from medlsdm.errors import DataError, MedlsdmError
+from medlsdm.errors import DataError, MedlsdmError, ResourceError
 from medlsdm.types import Geometry, LabelSchema
 from medlsdm.volumes import NIFTI_SUFFIXES, write_nifti
 
@@ -217,9 +218,9 @@ class _Run:
                 culprit = instance.path
                 name = f"{k + 1:04d}.dcm"
                 if already:
-                    headers.append(self.cleaner.clean(read_strict(instance.path, headers_only=True)))
+                    headers.append(read_strict(target / name, headers_only=True))
                     continue
-                headers.append(self._clean(instance, staging / name, originals, text))
+                headers.append(self._clean(instance, staging / name, k + 1, originals, text))
             culprit = None
             self._verify(staging, originals)
             if text.found():
@@ -246,10 +247,16 @@ class _Run:
         names = [c.name for c in self.schema.classes] if self.schema else []
         return Originals([*HARMLESS, *names, *relative.parts])
 
-    def _clean(self, instance: Instance, path: Path, originals: Originals, text: TextSearch | None) -> Dataset:
+    def _clean(
+        self, instance: Instance, path: Path, number: int, originals: Originals, text: TextSearch | None
+    ) -> Dataset:
         ds = read_strict(instance.path)
-        clean = self.cleaner.clean(ds)
-        pixels = take_pixels(ds, clean)
+        try:
+            clean = self.cleaner.clean(ds)
+            clean.InstanceNumber = number
+            pixels = take_pixels(ds, clean)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError):
+            raise Refusal("its header is damaged: a value that is needed is missing or malformed") from None
         if text is not None:
             text.add(pixels)
         save_clean(clean, path)
@@ -296,7 +303,7 @@ class _Run:
             return
         staged = self.working / "labels" / name
         shutil.rmtree(staged.parent, ignore_errors=True)
-        clean = self._clean(instance, staged, originals, None)
+        clean = self._clean(instance, staged, 1, originals, None)
         originals.harmless(segment_words(clean))
         self._verify(staged.parent, originals)
         staged.rename(series.folder / name)
@@ -363,6 +370,8 @@ def _plan(headers: list[Dataset]) -> SeriesPlan | None:
 
 
 def _reason(problem: BaseException) -> str:
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise ResourceError("The disk is full.", "Free space and run again; what is done stays done.") from problem
     if isinstance(problem, Refusal):
         return problem.reason
     if isinstance(problem, MedlsdmError):

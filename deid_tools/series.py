@@ -141,8 +141,8 @@ def _check_steps(frames: list[Frame], normal: NDArray[np.float64]) -> NDArray[np
 
 
 def _frames(ds: Dataset, source: int) -> list[Frame]:
-    shape = (int(ds.Rows), int(ds.Columns))
     try:
+        shape = (int(ds.Rows), int(ds.Columns))
         if "PerFrameFunctionalGroupsSequence" not in ds:
             contrast = tuple(
                 str(ds.get(k, ""))

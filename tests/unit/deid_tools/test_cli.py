@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deid_tools.keys import SiteKeys
+from medlsdm.errors import ConfigError
+
+
+def call(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from deid_tools.cli import main; main()"
+    environment = {**os.environ, "XDG_DATA_HOME": str(home), "PATH": "/nonexistent"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_run_and_verify(study, tmp_path):
+    done = call("run", str(study.source), str(tmp_path / "out"), "--json", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["series"]) == 1
+    assert report["quarantined"] == []
+    assert not any(token in done.stdout + done.stderr for token in study.tokens)
+    key = tmp_path / "home" / "medlsdm" / "deid.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert len(bytes.fromhex(key.read_text())) == 32
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    checked = call("verify", str(tmp_path / "out"), "--json", home=tmp_path / "home")
+    assert (checked.returncode, json.loads(checked.stdout)) == (0, {"clean": True, "findings": []})
+    (tmp_path / "out" / "note.txt").write_text("x")
+    assert call("verify", str(tmp_path / "out"), home=tmp_path / "home").returncode == 10
+
+
+def test_nothing_passed_is_exit_10_with_the_reasons(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "note.txt").write_text("hello")
+    done = call("run", str(source), str(tmp_path / "out"), home=tmp_path / "home")
+    assert done.returncode == 10
+    assert "1 x the file is not DICOM" in done.stderr
+    assert call("run", str(tmp_path / "absent"), str(tmp_path / "out"), home=tmp_path / "home").returncode == 3
+
+
+def test_a_key_that_others_may_read_is_refused(study, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("00" * 32)
+    key.chmod(0o644)
+    done = call("run", str(study.source), str(tmp_path / "out"), "--key", str(key), home=tmp_path)
+    assert done.returncode == 4
+    assert "00" * 32 not in done.stderr
+
+
+def test_help_is_quick(tmp_path):
+    start = time.perf_counter()
+    assert call("--help", home=tmp_path).returncode == 0
+    assert time.perf_counter() - start < 3
+
+
+def test_keys_show_nothing_and_differ_by_project():
+    keys = SiteKeys.derive(b"m" * 32, "a")
+    assert repr(keys) == "SiteKeys(secret)"
+    assert len({keys.uid, keys.date, keys.pseudonym}) == 3
+    assert SiteKeys.derive(b"m" * 32, "b").uid != keys.uid
+    with pytest.raises(ConfigError):
+        SiteKeys.derive(b"short", "a")
