@@ -86,11 +86,13 @@ def _canvas(rng: np.random.Generator, size: Triple) -> Canvas:
     grid = np.meshgrid(*[np.linspace(-1, 1, n, dtype=np.float32) for n in size], indexing="ij")
     angle = rng.uniform(-0.12, 0.12)
     x, y = grid[0] * np.cos(angle) - grid[1] * np.sin(angle), grid[0] * np.sin(angle) + grid[1] * np.cos(angle)
-    axes = []
-    for axis in (x, y, grid[2]):
+
+    def bent(axis: Field) -> Field:
         bend = smooth_noise(rng, size, max(size) / 3) * 0.045
-        axes.append((axis - rng.uniform(-0.07, 0.07)) * rng.uniform(0.9, 1.12) + bend)
-    return Canvas(*axes, rng)
+        shift, stretch = np.float32(rng.uniform(-0.07, 0.07)), np.float32(rng.uniform(0.9, 1.12))
+        return np.asarray((axis - shift) * stretch + bend, dtype=np.float32)
+
+    return Canvas(bent(x), bent(y), bent(grid[2]), rng)
 
 
 def _torso(c: Canvas) -> NDArray[np.uint8]:
@@ -141,7 +143,7 @@ def _lesion(c: Canvas, labels: NDArray[np.uint8], organ: int) -> NDArray[np.uint
         return labels
     x, y, z = places[c.rng.integers(len(places))]
     radius = c.rng.uniform(0.06, 0.15)
-    spot = c.ellipsoid((c.x[x, y, z], c.y[x, y, z], c.z[x, y, z]), (radius, radius, radius))
+    spot = c.ellipsoid((float(c.x[x, y, z]), float(c.y[x, y, z]), float(c.z[x, y, z])), (radius, radius, radius))
     labels[spot & (labels == organ)] = LESION
     return labels
 
@@ -152,7 +154,7 @@ def _paint(labels: NDArray[np.uint8], values: dict[int, Any], rng: np.random.Gen
     spread = max(abs(v) for k, v in values.items() if k)
     for label, value in values.items():
         table[label] = value + (rng.normal(0, 0.035) * spread if label else 0)
-    return ndimage.gaussian_filter(table[labels], rng.uniform(0.45, 0.7))
+    return np.asarray(ndimage.gaussian_filter(table[labels], rng.uniform(0.45, 0.7)), dtype=np.float32)
 
 
 def _vessels(rng: np.random.Generator, shape: Triple, width: float) -> Field:
@@ -176,7 +178,7 @@ def _ct_texture(image: Field, labels: NDArray[np.uint8], rng: np.random.Generato
 def _pt_texture(image: Field, labels: NDArray[np.uint8], rng: np.random.Generator) -> Field:
     shape = labels.shape
     image += (labels == BODY) * 0.5 * np.clip(smooth_noise(rng, shape, 6), 0, None)
-    image = ndimage.gaussian_filter(image, 0.9)
+    image = np.asarray(ndimage.gaussian_filter(image, 0.9), dtype=np.float32)
     return np.clip(image * (1 + 0.12 * rng.standard_normal(shape)), 0, None).astype(np.float32)
 
 

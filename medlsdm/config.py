@@ -85,10 +85,11 @@ class DenoiserConfig(Settings):
 
 
 class StageConfig(Settings):
-    """Say how one stage trains."""
+    """Say how one stage trains. ``crop`` cuts smaller training volumes than the preset's window."""
 
     steps: int = Field(ge=0)
     batch: int = Field(4, ge=1)
+    crop: Triple | None = None
     learning_rate: float = Field(2e-3, gt=0)
     warmup: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -117,8 +118,9 @@ class Preset(Settings):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if any(n % s for n, s in zip(self.window, self.autoencoder.strides, strict=True)):
-            raise ValueError(f"window {self.window} is no multiple of strides {self.autoencoder.strides}")
+        for size in (self.window, self.stage1.crop or self.window):
+            if any(n % s for n, s in zip(size, self.autoencoder.strides, strict=True)):
+                raise ValueError(f"window or crop {size} is no multiple of strides {self.autoencoder.strides}")
         return self
 
     @property

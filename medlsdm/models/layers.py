@@ -39,9 +39,24 @@ def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, affine=affine)
 
 
-def conv(inputs: int, outputs: int, *, kernel: int = 3, zero: bool = False) -> nn.Conv3d:
-    """Return a convolution that keeps the size; ``zero`` starts it at zero."""
-    layer = nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2)
+class Convolution(nn.Conv3d):
+    """Convolve in three dimensions, safely where an axis is shorter than the kernel.
+
+    There the CPU's bfloat16 gradients come from memory never written (seen with torch 2.13 on an axis
+    of 1 or 2 voxels), so such small volumes are convolved in float32.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolved tensor."""
+        if min(input.shape[2:]) >= self.kernel_size[0]:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+def conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, zero: bool = False) -> nn.Conv3d:
+    """Return a convolution that keeps the size (divided by ``stride``); ``zero`` starts it at zero."""
+    layer = Convolution(inputs, outputs, kernel, stride=stride, padding=kernel // 2)
     if zero:
         nn.init.zeros_(layer.weight)
         assert layer.bias is not None

@@ -83,7 +83,7 @@ class SemanticUNet(nn.Module):
             nn.ModuleList(Block(w, w, config, spade=False) for _ in range(config.blocks)) for w in widths[:-1]
         )
         pairs = list(itertools.pairwise(widths))
-        self.shrink = nn.ModuleList(nn.Conv3d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.shrink = nn.ModuleList(conv(a, b, stride=2) for a, b in pairs)
         self.middle = nn.ModuleList(Block(widths[-1], widths[-1], config, spade=True) for _ in range(config.blocks + 1))
         self.grow = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairs)
         self.up = nn.ModuleList(

@@ -99,11 +99,15 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.patients)
 
-    def crops(self, indices: Iterable[int], rng: np.random.Generator | None) -> Batch:
-        """Cut one crop from each patient named: random and at times flipped left to right, or central without rng."""
+    def crops(self, indices: Iterable[int], rng: np.random.Generator | None, size: Triple | None = None) -> Batch:
+        """Cut one crop from each patient named: random and at times flipped left to right, or central without rng.
+
+        ``size`` asks for crops smaller than the window.
+        """
+        x, y, z = (min(a, b) for a, b in zip(self.window, size or self.window, strict=True))
         kinds = list(Modality)
         chosen = [self.patients[i] for i in indices]
-        crops = [self._crop(patient, rng) for patient in chosen]
+        crops = [self._crop(patient, rng, (x, y, z)) for patient in chosen]
         return Batch(
             images=np.stack([image for image, _, _ in crops])[:, None],
             labels=np.stack([labels for _, labels, _ in crops]),
@@ -112,16 +116,16 @@ class TrainingSet:
             modality=np.array([kinds.index(patient.modality) for patient in chosen], dtype=np.int64),
         )
 
-    def _crop(self, patient: Patient, rng: np.random.Generator | None) -> tuple[NDArray[Any], ...]:
-        room = [max(0, have - want) for have, want in zip(patient.image.shape, self.window, strict=True)]
+    def _crop(self, patient: Patient, rng: np.random.Generator | None, size: Triple) -> tuple[NDArray[Any], ...]:
+        room = [max(0, have - want) for have, want in zip(patient.image.shape, size, strict=True)]
         starts = [int(rng.integers(r + 1)) if rng else r // 2 for r in room]
-        cut = tuple(slice(s, s + want) for s, want in zip(starts, self.window, strict=True))
+        cut = tuple(slice(s, s + want) for s, want in zip(starts, size, strict=True))
         image, labels = patient.image[cut], patient.labels[cut]
         if rng is not None and rng.random() < 0.5:
             image, labels = image[::-1], labels[::-1]
-        mask = np.zeros(self.window, dtype=np.float32)
+        mask = np.zeros(size, dtype=np.float32)
         mask[tuple(slice(n) for n in image.shape)] = 1
-        return mirror_to(image, self.window), mirror_to(labels, self.window), mask
+        return mirror_to(image, size), mirror_to(labels, size), mask
 
 
 def prepare(pairs: Iterable[tuple[Scan, SemanticMap]], preset: Preset) -> TrainingSet:

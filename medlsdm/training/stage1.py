@@ -59,7 +59,7 @@ def train_stage1(
     device = device_of(model)
 
     def step_loss(rng: np.random.Generator) -> Tensor:
-        batch = data.crops(rng.integers(len(data), size=stage.batch), rng)
+        batch = data.crops(rng.integers(len(data), size=stage.batch), rng, stage.crop)
         volumes, labels, mask = on_device(batch, model.n_classes, device)
         with autocast(device):
             rebuilt = model(volumes, labels)

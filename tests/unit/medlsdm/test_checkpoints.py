@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from medlsdm.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from medlsdm.errors import ConfigError, DataError, IntegrityError
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    save_checkpoint(
+        tmp_path / "run",
+        preset=checkpoint.preset,
+        schema=checkpoint.schema,
+        modalities=checkpoint.modalities,
+        autoencoder=checkpoint.autoencoder,
+        denoiser=checkpoint.denoiser,
+        sites=["north", "south"],
+        rounds=3,
+    )
+    return tmp_path / "run"
+
+
+def test_loads_what_was_saved(checkpoint, folder):
+    loaded = load_checkpoint(folder)
+    assert loaded.card.sites == ("north", "south")
+    assert loaded.schema.digest == checkpoint.schema.digest
+    assert loaded.preset == checkpoint.preset
+    assert loaded.card.checkpoint_digest == checkpoint.card.checkpoint_digest
+    assert all(loaded.autoencoder[key].equal(value) for key, value in checkpoint.autoencoder.items())
+    loaded.build_autoencoder(), loaded.build_denoiser()
+    assert "No formal guarantee" in (folder / "card.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["autoencoder.safetensors", "denoiser.safetensors", "card.json"])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.999])
+def test_finds_one_changed_byte(folder, name, place):
+    content = bytearray((folder / name).read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(IntegrityError):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["autoencoder.safetensors", "denoiser.safetensors", "card.json"])
+def test_names_a_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        load_checkpoint(folder)
+
+
+def test_refuses_weights_of_another_schema(checkpoint):
+    fewer = type(checkpoint.schema)("fewer", checkpoint.schema.classes[:3])
+    other = Checkpoint(
+        checkpoint.preset, fewer, checkpoint.modalities, checkpoint.autoencoder, checkpoint.denoiser, checkpoint.card
+    )
+    with pytest.raises(ConfigError, match="do not fit"):
+        other.build_autoencoder()

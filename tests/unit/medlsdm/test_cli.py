@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medlsdm.anatomy import generate
+from medlsdm.types import Geometry, Modality
+from medlsdm.volumes import write_nifti
+
+# click warns about itself when streams are captured.
+pytestmark = pytest.mark.filterwarnings("ignore:.*get_.*_stream.*:DeprecationWarning")
+
+
+def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
+    """Run the program in this process; return exit status, stdout and stderr."""
+    from medlsdm import cli
+
+    words = [str(a) for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["medlsdm", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed in range(2):
+        scan, labels = generate(seed, Modality.MR, (12, 12, 12))
+        write_nifti(tmp_path / "data" / "images" / f"p{seed}.nii.gz", scan.array, scan.geometry)
+        write_nifti(tmp_path / "data" / "labels" / f"p{seed}.nii.gz", labels.array, labels.geometry)
+    return tmp_path / "data"
+
+
+def _empty(folder: Path) -> None:
+    for path in (folder / "images").iterdir():
+        path.unlink()
+
+
+def _unpaired(folder: Path) -> None:
+    (folder / "labels" / "p1.nii.gz").unlink()
+
+
+def _moved(folder: Path) -> None:
+    geometry = Geometry(np.diag([9.0, 9, 9, 1]), (12, 12, 12))
+    write_nifti(folder / "labels" / "p1.nii.gz", np.ones((12, 12, 12), np.uint8), geometry)
+
+
+def _flat(folder: Path) -> None:
+    nib.save(nib.Nifti1Image(np.ones((12, 12), np.float32), np.eye(4)), folder / "images" / "p1.nii.gz")
+
+
+def _nan(folder: Path) -> None:
+    geometry = generate(1, Modality.MR, (12, 12, 12))[0].geometry
+    write_nifti(folder / "images" / "p1.nii.gz", np.full((12, 12, 12), np.nan, np.float32), geometry)
+
+
+def _constant(folder: Path) -> None:
+    geometry = generate(1, Modality.MR, (12, 12, 12))[0].geometry
+    write_nifti(folder / "images" / "p1.nii.gz", np.ones((12, 12, 12), np.float32), geometry)
+
+
+def _damaged(folder: Path) -> None:
+    path = folder / "images" / "p1.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def _fractions(folder: Path) -> None:
+    geometry = generate(1, Modality.MR, (12, 12, 12))[0].geometry
+    write_nifti(folder / "labels" / "p1.nii.gz", np.full((12, 12, 12), 0.5, np.float32), geometry)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_empty, "is empty"),
+        (_unpaired, "2 images and 1 label maps"),
+        (_moved, "another grid"),
+        (_flat, "2 axes"),
+        (_nan, "p1.nii.gz"),
+        (_constant, "one value"),
+        (_damaged, "cannot be read"),
+        (_fractions, "no label map"),
+    ],
+)
+def test_bad_data_gives_one_line_and_exit_status_3(capsys, monkeypatch, folder, tmp_path, spoil, words):
+    spoil(folder)
+    status, out, err = run(capsys, monkeypatch, "train", "--data", folder, "--out", tmp_path / "run")
+    assert status == 3
+    assert words in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_settings_are_named(capsys, monkeypatch, folder, tmp_path):
+    start = ("train", "--data", folder, "--out", tmp_path / "run")
+    assert run(capsys, monkeypatch, *start, "--preset", "huge")[0] == 4
+    assert run(capsys, monkeypatch, *start, "--modality", "XX")[0] == 2
+    assert run(capsys, monkeypatch, *start, "--steps-scale", "0")[0] == 4
+    status, _, err = run(capsys, monkeypatch, *start, "--schema", "hippocampus")
+    assert status == 3
+    assert "does not name" in err
+
+
+def test_errors_are_json_on_request(capsys, monkeypatch, tmp_path):
+    status, out, _ = run(
+        capsys, monkeypatch, "synthesise", "--checkpoint", tmp_path, "--labels", tmp_path / "no", "--out",
+        tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert status == 3
+    assert json.loads(out)["error"]["code"] == "data"
+
+
+def test_synthesise_refuses_a_folder_that_is_not_empty(capsys, monkeypatch, folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept.txt").write_text("mine")
+    status, _, err = run(
+        capsys, monkeypatch, "synthesise", "--checkpoint", tmp_path, "--labels", folder / "labels", "--out",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert status == 9
+    assert "not empty" in err
+
+
+def test_evaluate_needs_enough_volumes(capsys, monkeypatch, folder):
+    status, _, err = run(capsys, monkeypatch, "evaluate", "--real", folder / "images", "--synthetic", folder / "images")
+    assert status == 3
+    assert "at least 4" in err
+
+
+def test_help_is_quick():
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "medlsdm.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "synthesise" in done.stdout
+    assert time.monotonic() - started < 5  # well under a second on an idle machine
