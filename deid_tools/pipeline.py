@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -13,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deid_tools.admit import IMAGE_CLASSES, MAX_FILES, Instance, Refusal, admit, read_strict
+from deid_tools.admit import IMAGE_CLASSES, Instance, Refusal, admit, read_strict
+from deid_tools.folders import check_output, start_output, walk
 from deid_tools.headers import HeaderCleaner
 from deid_tools.keys import SiteKeys
 from deid_tools.modules import save_clean
@@ -21,9 +21,9 @@ from deid_tools.nested import segment_words
 from deid_tools.originals import Originals
 from deid_tools.pairs import PairResult, read_pairs
 from deid_tools.pixels import TextSearch, take_pixels
-from deid_tools.report import PROGRAM, DeidReport, HeldFile, SeriesRecord
+from deid_tools.report import DeidReport, HeldFile, SeriesRecord
 from deid_tools.series import SeriesPlan, plan_series
-from deid_tools.uids import pseudonym, series_token
+from deid_tools.uids import new_uid, pseudonym, series_token
 from deid_tools.verify import HARMLESS, check_file
 from medlsdm.checks import existing_folder, file_digest, write_atomic
 from medlsdm.errors import DataError, MedlsdmError, ResourceError
@@ -50,7 +50,7 @@ def deidentify(
 ) -> DeidReport:
     """De-identify every DICOM series under a folder, and the label maps that belong to them.
 
-    Writes ``out/<pseudonym>/<series token>/0001.dcm`` and on, ``seg-0001.dcm`` for a DICOM SEG,
+    Writes ``out/<pseudonym>/<series token>/0001.dcm`` and on, ``seg-<digits>.dcm`` for a DICOM SEG,
     ``labels.nii.gz`` for a NIfTI label map, and ``out/report.json``. A series that is already
     there is left as it is, so that running again resumes.
 
@@ -65,9 +65,9 @@ def deidentify(
         DataError: The source is empty, or ``out`` holds something else.
     """
     existing_folder(source, "The source folder")
-    _check_out(source, out)
+    check_output(source, out)
     run = _Run(source, out, HeaderCleaner(keys, schema=schema), schema, progress or (lambda *_: None))
-    out.mkdir(parents=True, exist_ok=True)
+    start_output(out)
     with tempfile.TemporaryDirectory(dir=out, prefix=".working-") as working:
         run.working = Path(working)
         run.admit_all()
@@ -77,25 +77,6 @@ def deidentify(
     report = run.report()
     write_atomic(out / "report.json", json.dumps(report.to_json(), indent=2).encode())
     return report
-
-
-def _check_out(source: Path, out: Path) -> None:
-    a, b = source.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise DataError("The output folder and the source folder lie in each other.", "Choose another output folder.")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError("The output is a file.", "Choose another output folder.")
-    if any(out.iterdir()):
-        try:
-            known = json.loads((out / "report.json").read_text())["program"] == PROGRAM
-        except (OSError, ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise DataError(
-                "The output folder holds files that are not an earlier output.", "Choose an empty output folder."
-            )
 
 
 @dataclass(slots=True)
@@ -145,7 +126,7 @@ class _Run:
 
     def admit_all(self) -> None:
         """Sort every file: admitted to its series, a NIfTI label map, or held."""
-        files = _walk(self.source, self.hold)
+        files = walk(self.source, self.hold)
         self.files_seen = len(files) + len(self.held)
         for n, path in enumerate(files):
             self.progress("reading", n, len(files))
@@ -210,6 +191,9 @@ class _Run:
         relative = self._folder(first)
         target, text, headers = self.out / relative, TextSearch(), []
         already = target.exists()
+        if already and len(list(target.glob("[0-9]*.dcm"))) != len(instances):
+            self.hold_group(instances, "its series is already there with another number of images")
+            return
         staging = self.working / relative
         originals = self._originals(relative)
         culprit: Path | None = None
@@ -297,7 +281,7 @@ class _Run:
             raise Refusal("it names another patient than the series that it segments")
         relative = series.folder.relative_to(self.out)
         originals = self._originals(relative)
-        name = f"seg-{series.labels + 1:04d}.dcm"
+        name = f"seg-{new_uid(self.cleaner.keys, instance.sop_uid)[-12:]}.dcm"
         if series.already and (series.folder / name).exists():
             series.labels += 1
             return
@@ -338,18 +322,17 @@ class _Run:
         assert series.grid is not None
         if self.schema:
             SemanticMap(array, series.grid, self.schema)
-        name = f"labels-{series.labels + 1}.nii.gz" if series.labels else "labels.nii.gz"
-        if series.already and (series.folder / name).exists():
-            series.labels += 1
-            return
-        staged = self.working / "maps" / name
+        staged = self.working / "maps" / "labels.nii.gz"
         shutil.rmtree(staged.parent, ignore_errors=True)
         write_nifti(staged, array, series.grid)
         originals = self._originals(series.folder.relative_to(self.out))
         originals.add_path(path.relative_to(self.source))
         self._verify(staged.parent, originals)
-        staged.rename(series.folder / name)
+        there = sorted(series.folder.glob("labels*.nii.gz"))
         series.labels += 1
+        if series.already and file_digest(staged) in [file_digest(p) for p in there]:
+            return
+        staged.rename(series.folder / (f"labels-{len(there) + 1}.nii.gz" if there else "labels.nii.gz"))
 
     def report(self) -> DeidReport:
         """Sum up."""
@@ -385,27 +368,3 @@ def _tools() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("medlsdm", "deid", "pydicom", "numpy")}
-
-
-def _walk(source: Path, hold: Callable[[Path, str], None]) -> list[Path]:
-    """List the files below a folder by path; links, devices and unreadable folders are held."""
-    files: list[Path] = []
-
-    def unreadable(error: OSError) -> None:
-        hold(Path(error.filename or source), "the folder cannot be read")
-
-    for folder, subfolders, names in os.walk(source, onerror=unreadable):
-        subfolders.sort()
-        for name in [s for s in subfolders if (Path(folder) / s).is_symlink()]:
-            hold(Path(folder) / name, "symbolic links are not followed")
-        for name in sorted(names):
-            path = Path(folder) / name
-            if path.is_symlink() or not path.is_file():
-                hold(path, "symbolic links and devices are not followed")
-                continue
-            files.append(path)
-            if len(files) > MAX_FILES:
-                raise DataError(f"The source holds more than {MAX_FILES} files.", "De-identify it in parts.")
-    if not files:
-        raise DataError("The source folder holds no files.", "Put the DICOM files there first.")
-    return files

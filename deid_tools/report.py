@@ -54,6 +54,7 @@ class DeidReport:
         """Return plain JSON values without paths: safe to keep beside the output."""
         return {
             "program": PROGRAM,
+            "finished": True,
             "files_seen": self.files_seen,
             "patients": self.patients,
             "series": [

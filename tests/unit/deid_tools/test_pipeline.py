@@ -308,3 +308,45 @@ def test_compressed_organs_and_their_labels_match_once_the_header_is_repaired(da
     assert pair.labels is not None
     assert pair.scan.array.shape == (512, 512, 20)
     assert len(np.unique(pair.labels.array)) == len(values)
+
+
+def test_a_run_that_was_killed_resumes(study, tmp_path, keys, monkeypatch):
+    from deid_tools import pipeline
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline._Run, "segmentations", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, tmp_path, keys)
+    monkeypatch.undo()
+    (tmp_path / "out" / ".working-left").mkdir()
+    report = run(study, tmp_path, keys)
+    assert [(s.already, s.labels) for s in report.series] == [(True, 1)]
+    assert verify_folder(tmp_path / "out") == []
+
+
+def test_what_arrives_later_is_never_dropped_silently(study, tmp_path, keys, schema):
+    late = images(study.source)[-1]
+    content = late.read_bytes()
+    late.unlink()
+    run(study, tmp_path, keys)
+    late.write_bytes(content)
+    report = run(study, tmp_path, keys)
+    assert set(report.reasons()) == {
+        "its series is already there with another number of images",
+        "the series that it segments is not among those that passed",
+    }
+
+
+def test_a_second_label_map_on_the_next_run_is_seen(study, tmp_path, keys, schema):
+    write_nifti(study.source / "a.nii.gz", study.labels.array, study.labels.geometry)
+    next(study.source.rglob("*SEG.dcm")).unlink()
+    run(study, tmp_path, keys)
+    assert [s.labels for s in run(study, tmp_path, keys).series] == [1]
+    other = study.labels.array.copy()
+    other[0, 0, 0] = 1
+    write_nifti(study.source / "b.nii.gz", other, study.labels.geometry)
+    assert [s.labels for s in run(study, tmp_path, keys).series] == [2]
+    (pair,) = read_pairs(tmp_path / "out", schema)
+    assert "2 label maps" in pair.reason

@@ -1,0 +1,67 @@
+"""The two folders of a run: what may be read from the source, and what may be written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from deid_tools.admit import MAX_FILES
+from deid_tools.report import PROGRAM
+from medlsdm.checks import write_atomic
+from medlsdm.errors import DataError
+
+
+def check_output(source: Path, out: Path) -> None:
+    """Raise DataError unless ``out`` is absent, empty or an earlier output, and apart from the source."""
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise DataError("The output folder and the source folder lie in each other.", "Choose another output folder.")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError("The output is a file.", "Choose another output folder.")
+    if any(out.iterdir()):
+        try:
+            known = json.loads((out / "report.json").read_text())["program"] == PROGRAM
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise DataError(
+                "The output folder holds files that are not an earlier output.", "Choose an empty output folder."
+            )
+
+
+def start_output(out: Path) -> None:
+    """Mark the folder as ours before anything is in it, so that a run that was killed can resume."""
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(".working-*"):
+        shutil.rmtree(leftover)
+    if not (out / "report.json").exists():
+        write_atomic(out / "report.json", json.dumps({"program": PROGRAM, "finished": False}).encode())
+
+
+def walk(source: Path, hold: Callable[[Path, str], None]) -> list[Path]:
+    """List the files below a folder by path; links, devices and unreadable folders are held."""
+    files: list[Path] = []
+
+    def unreadable(error: OSError) -> None:
+        hold(Path(error.filename or source), "the folder cannot be read")
+
+    for folder, subfolders, names in os.walk(source, onerror=unreadable):
+        subfolders.sort()
+        for name in [s for s in subfolders if (Path(folder) / s).is_symlink()]:
+            hold(Path(folder) / name, "symbolic links are not followed")
+        for name in sorted(names):
+            path = Path(folder) / name
+            if path.is_symlink() or not path.is_file():
+                hold(path, "symbolic links and devices are not followed")
+                continue
+            files.append(path)
+            if len(files) > MAX_FILES:
+                raise DataError(f"The source holds more than {MAX_FILES} files.", "De-identify it in parts.")
+    if not files:
+        raise DataError("The source folder holds no files.", "Put the DICOM files there first.")
+    return files
