@@ -25,7 +25,7 @@ def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
     receipt = None
     if folder is not None:
         verified = verify_receipt(folder, bytes.fromhex(public_hex(home.identity)))
-        receipt = {"id": verified.export_id, "site": verified.site, "files": len(verified.files)}
+        receipt = {"id": verified.id, "site": verified.site, "files": len(verified.files)}
     return {
         "records": [
             {

@@ -202,7 +202,7 @@ def export(
     if as_json:
         print_json({"folder": str(out), "receipt": receipt.model_dump(mode="json"), "gate": report.to_local_json()})
         return
-    print(f"Export {receipt.export_id} in {out}: {len(receipt.files)} files, receipt signed by {receipt.site}.")
+    print(f"Export {receipt.id} in {out}: {len(receipt.files)} files, receipt signed by {receipt.site}.")
     print(
         f"  {report.passed} of {report.made} volumes passed; {report.caught} of {report.planted} planted copies caught."
     )

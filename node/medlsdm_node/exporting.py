@@ -59,7 +59,7 @@ def export_waiting(home: NodeHome, folder: Path, *, with_labels: bool = True) ->
             raise
         finally:
             write_activity(home, "idle")
-        home.audit.append("export", id=receipt.export_id, files=len(receipt.files), signature=receipt.signature)
+        home.audit.append("export", id=receipt.id, files=len(receipt.files), signature=receipt.signature)
         _drop(vault, chosen)
     return receipt, report, len(names) - len(chosen)
 

@@ -7,7 +7,6 @@ and fails if it cannot create the folder of another, so the approved app is inst
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import subprocess
@@ -16,15 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medlsdm.errors import EnrolmentError, RoundError
-from medlsdm.federation.app import build_archive, flower_environment, program
+from medlsdm.federation.app import build_archive, die_with_parent, flower_environment, obey_file_modes, program
 from medlsdm_node.coordinator import Coordinator
 from medlsdm_node.home import HOME_VARIABLE, NodeHome
 
 log = logging.getLogger(__name__)
 
-PR_CAPBSET_DROP = 24
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
-EXIT_REFUSED = 49  # flower-supernode's exit status 305, as the system truncates it
 FIRST_PAUSE_S, LONGEST_PAUSE_S, PATIENCE_S = 2.0, 30.0, 180.0
 
 
@@ -56,12 +52,10 @@ def _set_mode(apps: Path, mode: int) -> None:
         path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
-def _lose_override() -> None:
-    """Drop, in the child, root's power to write where modes forbid it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-        if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
+def _confine() -> None:
+    die_with_parent()
+    if os.geteuid() == 0:
+        obey_file_modes()
 
 
 class SuperNode:
@@ -94,7 +88,7 @@ class SuperNode:
             stdout=log_file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_lose_override if os.geteuid() == 0 else None,
+            preexec_fn=_confine,
         )  # fmt: skip
 
     def watch(self, on_tick: Callable[[], None], tick_s: float = 1.0) -> None:

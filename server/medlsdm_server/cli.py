@@ -160,7 +160,7 @@ def _follow(home: Any, identity: str, flower_run: str, *, quiet: bool) -> dict[s
     from medlsdm_server.status import launch_status
     from medlsdm_server.superlink import flwr
 
-    console, shown, checked = Console(stderr=True, quiet=quiet), 0, time.monotonic()
+    console, shown, checked = Console(stderr=True, quiet=quiet, soft_wrap=True), 0, time.monotonic()
     while True:
         status = launch_status(home, identity)
         for row in status["finished_rounds"][shown:]:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ def serve(home: ServerHome, bind: str, port: int, ready: Callable[[], None]) -> 
 
     logging.basicConfig(filename=home.logs / "gateway.log", level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _stop)  # uvicorn ends itself and raises the signal again: so the rest ends too
     with _only_one(home), _listening(bind, port) as listener:
         link = SuperLink(home)
         try:
@@ -48,6 +50,10 @@ def serve(home: ServerHome, bind: str, port: int, ready: Callable[[], None]) -> 
             link.stop()
             (home.run / "address.json").unlink(missing_ok=True)
             (home.flwr / "config.toml").unlink(missing_ok=True)
+
+
+def _stop(*_: object) -> None:
+    raise SystemExit(0)
 
 
 @contextmanager

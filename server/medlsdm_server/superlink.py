@@ -15,7 +15,7 @@ from typing import Any
 
 from medlsdm.checks import write_atomic
 from medlsdm.errors import BusyError, RoundError
-from medlsdm.federation.app import flower_environment, program
+from medlsdm.federation.app import die_with_parent, flower_environment, program
 from medlsdm_server.home import HOME_VARIABLE, ServerHome
 
 CONNECTION = "medlsdm"
@@ -68,6 +68,7 @@ class SuperLink:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )  # fmt: skip
         self._wait()
         config = (

@@ -22,7 +22,7 @@ class Board:
     """Collect what happens and render it: a live table on a terminal, else one line a change."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.timings: list[tuple[str, float]] = []
         self.step = ""
         self.detail = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,13 @@ from medlsdm.checks import write_atomic
 from medlsdm.config import config_folder
 from medlsdm.errors import BusyError, MedlsdmError, RoundError
 from medlsdm.types import LabelSchema, Modality
-from medlsdm.volumes import read_nifti
+from medlsdm.volumes import read_nifti, to_ras
 from medlsdm_node.demo import cohort
 from medlsdm_node.demo.cohort import Hospital
 from medlsdm_node.demo.leaks import LeakSearch, search
 from medlsdm_node.demo.live import Board
 from medlsdm_node.demo.programs import Running, ask
+from medlsdm_node.report_pictures import Example
 from medlsdm_node.status import free_port
 
 EXAMPLES_PER_SITE = 2
@@ -67,6 +69,7 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Run every step and return where things are."""
         started, board = time.monotonic(), self.board
+        signal.signal(signal.SIGTERM, _stop)
         try:
             with board.running(), ExitStack() as programs:
                 with board.stage("hospitals and their DICOM"):
@@ -191,15 +194,22 @@ class Demo:
                 "--modality", str(modality), "--seed", "1")  # fmt: skip
 
     def _export(self, hospital: Hospital) -> None:
-        home, folder = self._home(hospital), hospital.folder / "export"
-        row = {"site": hospital.site, "made": 0, "passed": 0, "blocked": 0, "reasons": "", "caught": 0, "planted": 0}
+        home, folder, refusal = self._home(hospital), hospital.folder / "export", ""
         try:
-            answer = ask("medlsdm-node", "export", "--out", folder, "--home", home)
-            row |= _gate_row(answer["gate"])
-            ask("medlsdm-node", "audit", folder, "--home", home)
+            ask("medlsdm-node", "export", "--out", folder, "--home", home)
         except RoundError as error:
-            row |= {"reasons": error.message}
-        self.gates.append(row)
+            refusal = error.message
+        seen = ask("medlsdm-node", "audit", *([] if refusal else [folder]), "--home", home)
+        gates = [r["fields"] for r in seen["records"] if r["event"] == "gate"]
+        plants = gates[-1]["plants"] if gates else {"planted": 0, "caught": 0}
+        made = gates[-1]["made"] if gates else 0
+        passed = 0 if refusal or not gates else gates[-1]["passed"]
+        reasons = gates[-1]["reasons"] if gates else {}
+        self.gates.append(
+            {"site": hospital.site, "made": made, "passed": passed, "blocked": made - passed,
+             "reasons": reasons | ({refusal: 1} if refusal else {}), "plants_caught": plants["caught"],
+             "planted": plants["planted"]}
+        )  # fmt: skip
 
     def _search(self) -> LeakSearch:
         """Search what left each hospital, and everything that its node wrote or logged."""
@@ -212,8 +222,8 @@ class Demo:
 
         return report(self, launch, leaks)
 
-    def examples(self) -> Iterator[tuple[str, Modality, Any, Any, Any, tuple[float, float, float]]]:
-        """Yield site, modality, real, labels, synthetic and spacing of some exported volumes."""
+    def examples(self) -> Iterator[Example]:
+        """Yield some exported volumes beside the held-out patient whose label map they follow."""
         for hospital in self.hospitals:
             shown: dict[Modality, int] = {}
             for path in sorted((hospital.folder / "export" / "volumes").glob("*.nii.gz")):
@@ -223,7 +233,11 @@ class Demo:
                 if pair is None or shown.get(pair[0].modality, 0) >= EXAMPLES_PER_SITE:
                     continue
                 shown[pair[0].modality] = shown.get(pair[0].modality, 0) + 1
-                yield hospital.site, pair[0].modality, pair[0].array, labels, synthetic, geometry.spacing
+                real, turned = to_ras(pair[0].array, pair[0].geometry)
+                yield Example(
+                    hospital.site, pair[0].modality, real, to_ras(labels, geometry)[0], to_ras(synthetic, geometry)[0],
+                    turned.spacing,
+                )  # fmt: skip
 
     def _finish(self, report: Path, leaks: LeakSearch, seconds: float) -> dict[str, Any]:
         passed = sum(g["passed"] for g in self.gates)
@@ -245,5 +259,5 @@ class Demo:
         return result
 
 
-def _gate_row(gate: dict[str, Any]) -> dict[str, Any]:
-    return gate
+def _stop(*_: object) -> None:
+    raise SystemExit(143)

@@ -1,0 +1,41 @@
+# make demo            the whole walk with three hospitals on this machine
+# make test            lint, types and tests
+# make test-peers      Debian's DICOM tools that some tests compare with (needs root)
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?=
+PLAN ?=
+
+.PHONY: demo test check lint types unit test-peers clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip check
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/medlsdm-node demo $(if $(DATA),--data '$(DATA)') $(if $(PLAN),--plan '$(PLAN)')
+
+test: check unit
+
+check: lint types
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/pyright
+
+unit: $(VENV)/installed
+	$(BIN)/pytest -q
+
+test-peers:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends dcmtk dicom3tools orthanc tesseract-ocr
+
+clean:
+	rm -rf $(VENV) demo-out .pytest_cache .ruff_cache
