@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medlsdm.config import Preset
-from medlsdm.errors import IntegrityError
+from medlsdm.errors import ConfigError, IntegrityError
 from medlsdm.types import LabelSchema, Modality
 
 NO_GUARANTEE = (
@@ -66,18 +66,23 @@ class ModelCard(BaseModel):
 
         Raises:
             IntegrityError: One byte or more was changed.
+            ConfigError: The card is whole, but describes a model that this version does not know.
         """
         try:
             data = json.loads(content)
-            data.pop("digest")
-            card = cls.model_validate(data)
-        except (ValueError, AttributeError, KeyError, TypeError, ValidationError) as error:
-            raise IntegrityError(
-                "The model card cannot be read: it was changed or damaged.", "Restore the checkpoint."
-            ) from error
-        if card.to_json_bytes() != content:
+            digest = data.pop("digest")
+            whole = digest == hashlib.sha256(_canonical(data)).hexdigest()
+            whole = whole and content == _canonical({**data, "digest": digest}) + b"\n"
+        except (ValueError, AttributeError, KeyError, TypeError):
+            whole, data = False, None
+        if not whole:
             raise IntegrityError("The model card does not match its own digest.", "Restore the checkpoint.")
-        return card
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(
+                "The model card describes a model that this version does not know.", "Update medlsdm."
+            ) from error
 
     def to_markdown(self) -> str:
         """Return the card for people."""

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 
 from medlsdm.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from medlsdm.errors import ConfigError, DataError, IntegrityError
+from medlsdm.model_card import ModelCard
 
 
 @pytest.fixture
@@ -56,3 +60,12 @@ def test_refuses_weights_of_another_schema(checkpoint):
     )
     with pytest.raises(ConfigError, match="do not fit"):
         other.build_autoencoder()
+
+
+def test_a_whole_card_of_an_unknown_architecture_is_no_damage(checkpoint):
+    data = checkpoint.card.model_dump(mode="json") | {"preset": {"name": "of a later version"}}
+    text = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    data["digest"] = hashlib.sha256(text).hexdigest()
+    content = json.dumps(data, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    with pytest.raises(ConfigError, match="does not know"):
+        ModelCard.from_json_bytes(content)
