@@ -15,18 +15,17 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SiteKeys:
-    """Hold the keys for UIDs, dates and pseudonyms, 32 bytes each; ``repr`` shows nothing.
+    """Hold the keys for UIDs and pseudonyms, 32 bytes each; ``repr`` shows nothing.
 
     Guarantee: without the keys, nobody can test whether a guessed UID or patient ID is behind a
         pseudonym (HMAC-SHA256), and two projects with different names cannot be linked.
     """
 
     uid: bytes
-    date: bytes
     pseudonym: bytes
 
     def __post_init__(self) -> None:
-        if any(len(key) != KEY_BYTES for key in (self.uid, self.date, self.pseudonym)):
+        if any(len(key) != KEY_BYTES for key in (self.uid, self.pseudonym)):
             raise ConfigError("A site key does not have 32 bytes.", "Derive the keys from one master key.")
 
     def __repr__(self) -> str:
@@ -34,7 +33,7 @@ class SiteKeys:
 
     @classmethod
     def derive(cls, master: bytes, project: str) -> Self:
-        """Derive the three keys from one master key by HKDF-SHA256, bound to the project's name.
+        """Derive both keys from one master key by HKDF-SHA256, bound to the project's name.
 
         Raises:
             ConfigError: The master key is shorter than 32 bytes or the project has no name.
@@ -48,4 +47,4 @@ class SiteKeys:
             info = f"medlsdm-deid/1/{purpose}/{project}".encode()
             return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(master)
 
-        return cls(expand("uid"), expand("date"), expand("pseudonym"))
+        return cls(expand("uid"), expand("pseudonym"))

@@ -65,7 +65,7 @@ def test_help_is_quick(tmp_path):
 def test_keys_show_nothing_and_differ_by_project():
     keys = SiteKeys.derive(b"m" * 32, "a")
     assert repr(keys) == "SiteKeys(secret)"
-    assert len({keys.uid, keys.date, keys.pseudonym}) == 3
+    assert keys.uid != keys.pseudonym
     assert SiteKeys.derive(b"m" * 32, "b").uid != keys.uid
     with pytest.raises(ConfigError):
         SiteKeys.derive(b"short", "a")
