@@ -42,7 +42,8 @@ model-card.json  the model: data, training, privacy, limits; model-card.md is th
 gate.json        what the site's export gate checked
 receipt.json     SHA-256 of every file, signed by the site
 
-Verify the folder before use: medlsdm-node verify FOLDER
+Verify the folder before use. At the site: medlsdm-node audit FOLDER. Elsewhere, with the site's public
+key got from the site itself: medlsdm.sharing.receipt.verify_receipt(folder, public_key).
 The gate is a copy check with a measured recall. Read in the model card whether the model was
 trained with differential privacy; without it there is no formal guarantee.
 """
