@@ -103,7 +103,9 @@ class AuditReport(_Frozen):
     def raise_if_refused(self) -> Self:
         """Raise GateError with the reason if the whole batch is refused; else return the report."""
         if self.refusal:
-            raise GateError(self.refusal, "Nothing was written. Train on more patients, or for fewer steps, and synthesise again.")
+            raise GateError(
+                self.refusal, "Nothing was written. Train on more patients, or for fewer steps, and synthesise again."
+            )
         return self
 
     def to_public_json(self) -> dict[str, Any]:
