@@ -78,5 +78,6 @@ def build_archive(folder: Path, flwr_home: Path) -> Path:
     )
     archives = sorted(folder.glob("medlsdm.federation.*.fab"))
     if done.returncode != 0 or not archives:
-        raise RoundError("The Flower app could not be built.", f"flwr build said: {done.stderr.strip()[-200:]}")
+        said = " ".join(done.stderr.split())[-200:]
+        raise RoundError("The Flower app could not be built.", f"flwr build said: {said}")
     return archives[-1]

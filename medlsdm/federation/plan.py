@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medlsdm.errors import ConfigError
 
 PLAN_VERSION = 1
+CHECKPOINT_ID = r"^[a-z0-9-]{1,64}\.stage[12]-[0-9]{4,5}$"
 
 
 class Stage(StrEnum):
@@ -60,7 +61,7 @@ class RoundPlan(_Wire):
     total_steps: int = Field(ge=1)
     preset: dict[str, Any]
     labels: dict[str, Any]
-    autoencoder: str = ""
+    autoencoder: str = Field(default="", pattern=rf"^$|{CHECKPOINT_ID}")
     sites: int = Field(ge=1, description="how many sites take part")
     seed: int = 0
     privacy: Literal["none"] = "none"

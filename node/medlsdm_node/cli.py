@@ -34,7 +34,7 @@ def _settings(site: str, project: str, schema: str, threads: int) -> Any:
     from medlsdm.federation.identity import SITE_NAME
     from medlsdm_node.home import NodeSettings
 
-    if not re.match(SITE_NAME, site):
+    if not re.fullmatch(SITE_NAME, site):
         raise UsageError("A site's name has 1-32 small letters, digits or dashes.", "For example: --site st-anna.")
     return NodeSettings(site=site, project=project, labels=load_schema(schema).to_json(), threads=threads)
 

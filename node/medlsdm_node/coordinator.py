@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from medlsdm.checks import write_atomic
 from medlsdm.errors import EnrolmentError, IntegrityError, NetworkError, UsageError
 from medlsdm.federation.identity import EnrolRequest, Invitation, fingerprint, public_hex, sign_request
+from medlsdm.federation.plan import CHECKPOINT_ID
 from medlsdm_node.home import NodeHome
 
 DEFAULT_PORT = 8443
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
 MODEL_FILES = ("autoencoder.safetensors", "denoiser.safetensors", "card.md", "card.json")
 
 
@@ -29,13 +32,12 @@ class ServerAddress(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> ServerAddress:
-        """Read ``HOST`` or ``HOST:PORT``."""
-        host, colon, port = text.strip().rpartition(":")
-        if not colon:
-            host, port = port, str(DEFAULT_PORT)
-        if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
+        """Read ``HOST`` or ``HOST:PORT``; an IPv6 address stands in brackets."""
+        found = _ADDRESS.fullmatch(text.strip())
+        port = int(found[2] or DEFAULT_PORT) if found else 0
+        if found is None or not 0 < port < 65536:
             raise UsageError(f"{text!r} is not HOST or HOST:PORT.", f"For example: --server HOST:{DEFAULT_PORT}.")
-        return cls(host=host, port=int(port))
+        return cls(host=found[1], port=port)
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -97,7 +99,7 @@ class Coordinator:
         request = EnrolRequest(
             site=self.home.settings.site,
             token=invitation.token if invitation else "",
-            node_key=self.home.node_public.read_text().strip(),
+            node_key=self.home.node_public_key(),
             identity=public_hex(self.home.identity),
         )
         answer = self._send("POST", "/v1/enrol", body=request.model_dump_json().encode(), signed=True)
@@ -112,9 +114,15 @@ class Coordinator:
         return self._send("GET", "/v1/models", signed=True).json()
 
     def fetch_model(self, model: str) -> Path:
-        """Download a checkpoint that is not here yet, check every digest, and return its folder."""
+        """Download a checkpoint that is not here yet, check every digest, and return its folder.
+
+        Raises:
+            IntegrityError: The name, which comes from the coordinator, is none of a checkpoint.
+        """
         from medlsdm.checkpoints import load_checkpoint
 
+        if not re.fullmatch(CHECKPOINT_ID, model):
+            raise IntegrityError("The name of a model is not one that a round gives.", "Nothing was fetched.")
         folder = self.home.models / model
         if (folder / "card.json").exists():
             return folder
@@ -139,7 +147,7 @@ class Coordinator:
         try:
             with httpx.Client(verify=context, timeout=60, trust_env=False) as client:
                 answer = client.request(method, f"https://{self.address}{path}", content=body, headers=headers)
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise EnrolmentError(
                     f"The server at {self.address} shows a certificate that was not issued by its pinned CA.",
@@ -154,10 +162,15 @@ class Coordinator:
         return answer
 
 
+def _one_line(text: str) -> str:
+    """Return what the other side said without anything that could steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())
+
+
 def _raise(answer: httpx.Response, address: ServerAddress) -> None:
     try:
         said = json.loads(answer.content)
-        message, hint = str(said["message"])[:300], str(said["hint"])[:300]
+        message, hint = (_one_line(str(said[key])) for key in ("message", "hint"))
     except (ValueError, KeyError, TypeError) as error:
         raise NetworkError(
             f"{address} answered with HTTP status {answer.status_code}.", "Is it a medlsdm coordinator?"

@@ -15,7 +15,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medlsdm.chain import HashChain
@@ -115,14 +121,25 @@ class NodeHome:
         """Return the key that all others are derived from."""
         return self._key("master.key")
 
+    def node_public_key(self) -> str:
+        """Return the public half of the key that Flower's SuperNode authenticates with, in OpenSSH form."""
+        try:
+            public = load_ssh_private_key(self._stored(self.node_key.name), None).public_key()
+        except ValueError as error:
+            raise _damaged(self.node_key.name) from error
+        return public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
     def _key(self, name: str) -> bytes:
-        path = self.keys / name
-        if not path.exists():
-            raise IntegrityError(f"The key {name} is missing.", "Restore keys/ from its backup; the vault needs it.")
-        content = path.read_bytes()
+        content = self._stored(name)
         if len(content) != 32:
-            raise IntegrityError(f"The key {name} is damaged.", "Restore keys/ from its backup; the vault needs it.")
+            raise _damaged(name)
         return content
+
+    def _stored(self, name: str) -> bytes:
+        path = self.keys / name
+        if not path.is_file():
+            raise IntegrityError(f"The key {name} is missing.", "Restore keys/ from its backup; the vault needs it.")
+        return path.read_bytes()
 
     @property
     def audit(self) -> HashChain:
@@ -139,3 +156,7 @@ class NodeHome:
             except OSError as error:
                 raise BusyError(f"'{what}' is running in this node already.", "Wait for it, or stop it.") from error
             yield
+
+
+def _damaged(name: str) -> IntegrityError:
+    return IntegrityError(f"The key {name} is damaged.", "Restore keys/ from its backup; the vault needs it.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import tempfile
 import time
 from collections import Counter
@@ -74,7 +75,7 @@ def ingest(home: NodeHome, source: Path, progress: Report | None = None) -> Inge
             stored += 1
             patients.add(result.scan.subject)
     if held:
-        vault.put(HELD, time.strftime("%Y%m%dT%H%M%S"), json.dumps(held).encode())
+        vault.put(HELD, f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(2)}", json.dumps(held).encode())
     home.audit.append("ingest", pairs=stored, held=sum(reasons.values()), recipe=report.recipe_sha256)
     result = IngestResult(stored, len(patients), dict(reasons), _notes(report.ocr), time.monotonic() - started)
     if not stored:

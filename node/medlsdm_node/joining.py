@@ -36,6 +36,7 @@ def prepare(
         EnrolmentError: The invitation or the server is not right. Nothing is kept of it.
         NetworkError: Nobody answers.
     """
+    address = ServerAddress.parse(server)
     if not home.settings_file.exists() and default_settings is not None:
         home.create(default_settings)
     if invitation is not None and invitation.site != home.settings.site:
@@ -44,7 +45,7 @@ def prepare(
             "Use the right invitation, or a node made with that name (init --site).",
         )
     load_policy(home.policy_file)
-    coordinator = Coordinator(home, ServerAddress.parse(server))
+    coordinator = Coordinator(home, address)
     fresh = not home.ca_cert.exists()
     try:
         coordinator.pin(invitation.ca if invitation else None, _confirm)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from medlsdm.sharing.gate import GatePolicy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medlsdm.errors import ConfigError, PolicyError, SchemaError
 from medlsdm.federation.plan import RoundPlan, Stage
+from medlsdm.sharing.gate import GatePolicy
 from medlsdm.types import LabelSchema
 
 DEFAULT_POLICY = """\
@@ -22,8 +21,11 @@ min_patients: 3               # refuse to train on fewer patients than this
 min_sites: 2                  # refuse rounds with fewer sites: an average of one is that site's own update
 max_epsilon: null             # a number demands differential privacy; null allows training without it
 share_loss: true              # tell the coordinator the mean training loss of a round
-weight: rounded               # how much this site counts: patients rounded down to a power of two, or "equal"
+weight: rounded               # how much this site counts: patients rounded down to 4, 8, 16, ..., or "equal"
 """
+
+
+SMALLEST_WEIGHT = 4  # else a weight of 2 and a minimum of 3 patients would tell that there are 3
 
 
 class SitePolicy(BaseModel):
@@ -68,7 +70,7 @@ class SitePolicy(BaseModel):
 
     def declared_weight(self, patients: int) -> float:
         """Return how much this site counts in the average, without telling how many patients it has."""
-        return 1.0 if self.weight == "equal" else float(2 ** int(math.log2(max(1, patients))))
+        return 1.0 if self.weight == "equal" else float(max(SMALLEST_WEIGHT, 1 << (patients.bit_length() - 1)))
 
 
 def load_policy(path: Path) -> SitePolicy:
@@ -78,9 +80,14 @@ def load_policy(path: Path) -> SitePolicy:
         ConfigError: It is missing or does not read.
     """
     try:
-        return SitePolicy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return SitePolicy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError("policy.yaml is missing.", "Restore it; without it this site does nothing.") from error
-    except (ValidationError, yaml.YAMLError) as error:
-        where = ".".join(str(p) for p in error.errors()[0]["loc"]) if isinstance(error, ValidationError) else "YAML"
-        raise ConfigError(f"policy.yaml cannot be read ({where}).", "Correct it; until then nothing runs.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _unreadable("it is not YAML") from error
+    except ValidationError as error:
+        raise _unreadable(".".join(str(p) for p in error.errors()[0]["loc"]) or "it holds no rules") from error
+
+
+def _unreadable(where: str) -> ConfigError:
+    return ConfigError(f"policy.yaml cannot be read ({where}).", "Correct it; until then nothing runs.")

@@ -40,7 +40,8 @@ def install_app(home: NodeHome) -> str:
             check=False,
         )
         if done.returncode != 0:
-            raise RoundError("The Flower app could not be installed.", f"flwr said: {done.stderr.strip()[-200:]}")
+            said = " ".join(done.stderr.split())[-200:]
+            raise RoundError("The Flower app could not be installed.", f"flwr said: {said}")
     _set_mode(apps, 0o500)
     return archive.name
 

@@ -72,7 +72,7 @@ class Vault:
         self._path(kind, name).unlink(missing_ok=True)
 
     def _path(self, kind: str, name: str) -> Any:
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise DataError("A record's name may hold letters, digits, dots and dashes only.")
         return self.home.vault / kind / f"{name}.sealed"
 
@@ -117,8 +117,8 @@ class Vault:
         if type(volume) is not SyntheticVolume:
             raise NotSyntheticError("Only synthetic volumes wait for export.", "Nothing was stored.")
         facts = {"affine": json.dumps(labels.geometry.affine.tolist()), "schema": json.dumps(labels.schema.to_json())}
-        self.put(SYNTHETIC, name, to_bytes(volume))
         self.put(MAP, name, save({"labels": np.ascontiguousarray(labels.array)}, metadata=facts))
+        self.put(SYNTHETIC, name, to_bytes(volume))  # last: what waits is complete
 
     def synthetic(self, name: str) -> tuple[SyntheticVolume, SemanticMap]:
         """Return a waiting synthetic volume and its label map."""

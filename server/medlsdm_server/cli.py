@@ -66,7 +66,7 @@ def invite(
     from medlsdm_server.registry import Registry
 
     opened = _open(home)
-    if not re.match(SITE_NAME, hospital):
+    if not re.fullmatch(SITE_NAME, hospital):
         raise UsageError("A site's name has 1-32 small letters, digits or dashes.", "For example: --hospital st-anna.")
     invitation = Invitation.new(hospital, fingerprint(opened.ca_cert.read_bytes()), valid_hours)
     Registry(opened.registry).invite(invitation)
@@ -81,7 +81,7 @@ def invite(
 
 @app.command()
 def admit(hospital: Annotated[str, typer.Argument(help="A site that waits.")], home: Home = None) -> None:
-    """Let a site in that asked without an invitation. Compare its fingerprint by telephone first."""
+    """Let a site in that asked without an invitation. Compare the key that ``status`` shows by telephone first."""
     from medlsdm_server.registry import Registry
 
     Registry(_open(home).registry).admit(hospital)
@@ -177,7 +177,7 @@ def _follow(home: Any, identity: str, flower_run: str, *, quiet: bool) -> dict[s
             checked = time.monotonic()
             runs = flwr(home, "list", "--run-id", flower_run).get("runs", [{}])
             said = str(runs[0].get("status", ""))
-            if said.startswith("finished") and launch_status(home, identity)["state"] == "running":
+            if said.startswith("finished") and launch_status(home, identity)["state"] in ("waiting", "running"):
                 return status | {"state": "failed", "message": f"Flower ended the run ({said})."}
         time.sleep(0.5)
 
@@ -185,6 +185,7 @@ def _follow(home: Any, identity: str, flower_run: str, *, quiet: bool) -> dict[s
 @app.command()
 def status(home: Home = None, as_json: Json = False) -> None:
     """Show sites, the newest launch and the newest model."""
+    from medlsdm.federation.identity import shown
     from medlsdm_server.status import server_status
 
     found = server_status(_open(home))
@@ -193,7 +194,8 @@ def status(home: Home = None, as_json: Json = False) -> None:
         return
     print("running" if found["running"] else "not running")
     for site in found["sites"]:
-        print(f"  {site['site']:20} {site['status']}")
+        key = f"  key {shown(site['key'])}" if site["status"] == "pending" else ""
+        print(f"  {site['site']:20} {site['status']}{key}")
     if found["launch"]:
         row = found["launch"]
         print(

@@ -13,6 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -61,7 +64,9 @@ class Gateway:
             Route("/v1/models/{model}/{name}", self._guard(self._model_file)),
             Route("/v1/fleet/{call}", self._fleet, methods=["POST"]),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        app = Starlette(routes=routes, lifespan=self._lifespan)
+        app.router.redirect_slashes = False
+        return app
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -70,7 +75,7 @@ class Gateway:
             yield
 
     def _guard(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Turn our errors into answers that name no value."""
+        """Turn our errors into answers: what is wrong with an enrolment in full, else the public words only."""
 
         async def guarded(request: Request) -> Response:
             try:
@@ -78,7 +83,8 @@ class Gateway:
             except MedlsdmError as error:
                 status = 403 if isinstance(error, EnrolmentError) else 400
                 log.warning("refused %s: %s", request.url.path.split("/")[2], error.code)
-                return JSONResponse({"error": error.code, "message": error.message, "hint": error.hint}, status)
+                told = (error.message, error.hint) if status == 403 else (error.public_text, "Ask the coordinator.")
+                return JSONResponse({"error": error.code, "message": told[0], "hint": told[1]}, status)
 
         return guarded
 
@@ -107,6 +113,7 @@ class Gateway:
             wanted = EnrolRequest.model_validate_json(body)
         except ValueError as error:
             raise EnrolmentError("The enrolment request cannot be read.", "Install the same release.") from error
+        _check_node_key(wanted.node_key)
         verify_request(wanted.identity, request.headers, "POST", request.url.path, body)
         site = await asyncio.to_thread(self.registry.enrol, wanted)
         site = await self._connect(site)
@@ -170,6 +177,16 @@ class Gateway:
         return StreamingResponse(_relay(answer), answer.status_code, kept)
 
 
+def _check_node_key(text: str) -> None:
+    """Raise EnrolmentError unless this is the public key that a SuperNode of ours has."""
+    try:
+        key = load_ssh_public_key(text.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise EnrolmentError("The node's key cannot be read.", "Make a new node with 'init'.") from error
+    if not isinstance(key, EllipticCurvePublicKey) or key.curve.name != "secp384r1":
+        raise EnrolmentError("The node's key is not of the curve P-384.", "Make a new node with 'init'.")
+
+
 async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
     try:
         async for piece in answer.aiter_raw():
@@ -179,9 +196,9 @@ async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 async def _bounded(request: Request, limit: int) -> bytes:
-    body = b""
+    body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > limit:
             raise EnrolmentError("The request is too large.", "Install the same release.")
-    return body
+    return bytes(body)

@@ -63,7 +63,7 @@ def load_plan(name: str) -> FederationPlan:
         return FederationPlan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"There is no federation plan {name!r}.", "Give a name or a YAML file.") from error
-    except (ValidationError, yaml.YAMLError) as error:
+    except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The federation plan {path.name} cannot be read.", _first_line(error)) from error
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from medlsdm.checks import file_digest
 from medlsdm.errors import DataError
+from medlsdm.federation.plan import CHECKPOINT_ID
 
-CHECKPOINT = re.compile(r"^[a-z0-9-]{1,64}\.(stage1|stage2)-\d{4}$")
+CHECKPOINT = re.compile(CHECKPOINT_ID)
 FILES = ("card.json", "card.md", "autoencoder.safetensors", "denoiser.safetensors")
 
 
@@ -44,7 +45,7 @@ def list_models(folder: Path) -> list[Model]:
     """Return the finished checkpoints, oldest first."""
     models = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        if not CHECKPOINT.match(path.name) or not (path / "card.json").exists():
+        if not CHECKPOINT.fullmatch(path.name) or not (path / "card.json").exists():
             continue
         launch, _, rest = path.name.rpartition(".")
         stage, _, number = rest.partition("-")
@@ -64,6 +65,6 @@ def latest(folder: Path) -> Model | None:
 def file_of(folder: Path, model: str, name: str) -> Path:
     """Return the path of one file of a checkpoint, from names that came over the network."""
     path = folder / model / name
-    if not CHECKPOINT.match(model) or name not in FILES or not path.is_file():
+    if not CHECKPOINT.fullmatch(model) or name not in FILES or not path.is_file():
         raise DataError("There is no such model or file.", "See 'medlsdm-server models'.")
     return path

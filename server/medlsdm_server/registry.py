@@ -13,6 +13,7 @@ from medlsdm.errors import EnrolmentError, UsageError
 from medlsdm.federation.identity import EnrolRequest, Invitation
 
 PENDING, ADMITTED = "pending", "admitted"
+MOST_PENDING = 100  # anybody may ask without an invitation
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS invitations (
@@ -57,7 +58,8 @@ class Registry:
     def invite(self, invitation: Invitation) -> None:
         """Remember an invitation by the digest of its token."""
         with self._open() as database:
-            if database.execute("SELECT 1 FROM sites WHERE name = ?", (invitation.site,)).fetchone():
+            query = "SELECT 1 FROM sites WHERE name = ? AND status = ?"
+            if database.execute(query, (invitation.site, ADMITTED)).fetchone():
                 raise UsageError(f"The site {invitation.site} is enrolled already.", "Give a new site another name.")
             database.execute(
                 "INSERT INTO invitations (digest, site, expires) VALUES (?, ?, ?)",
@@ -67,16 +69,30 @@ class Registry:
     def enrol(self, request: EnrolRequest) -> Site:
         """Accept a site: admitted with a valid token, pending without one. Asking again changes nothing.
 
+        Whoever holds the invitation gets the name, even if somebody without one asked for it before.
+
         Raises:
             EnrolmentError: The token is unknown, used, expired or for another site, or the name is taken.
         """
         known = self.site(request.site)
-        if known is not None and (known.node_key, known.identity) == (request.node_key, request.identity):
+        same = known is not None and (known.node_key, known.identity) == (request.node_key, request.identity)
+        if known is not None and same and (known.status == ADMITTED or not request.token):
             return known
-        if known is not None:
+        if known is not None and not same and (known.status == ADMITTED or not request.token):
             raise EnrolmentError(
                 f"The name {request.site} belongs to a site with other keys.", "Ask the coordinator for another name."
             )
+        try:
+            self._insert(request)
+        except sqlite3.IntegrityError as error:
+            raise EnrolmentError(
+                "Another site has this name or this key.", "Make a new node with 'init', or ask for another name."
+            ) from error
+        site = self.site(request.site)
+        assert site is not None
+        return site
+
+    def _insert(self, request: EnrolRequest) -> None:
         status = ADMITTED if request.token else PENDING
         with self._open() as database:
             if request.token:
@@ -89,13 +105,15 @@ class Registry:
                         "The invitation is unknown, used up, expired or for another site.",
                         "Ask the coordinator for a new one.",
                     )
+                database.execute("DELETE FROM sites WHERE name = ? AND status = ?", (request.site, PENDING))
+            else:
+                query = "SELECT COUNT(*) FROM sites WHERE status = ?"
+                if database.execute(query, (PENDING,)).fetchone()[0] >= MOST_PENDING:
+                    raise EnrolmentError("Too many sites wait to be admitted.", "Ask for an invitation.")
             database.execute(
                 "INSERT INTO sites (name, status, node_key, identity, enrolled) VALUES (?, ?, ?, ?, ?)",
                 (request.site, status, request.node_key, request.identity, int(time.time())),
             )
-        site = self.site(request.site)
-        assert site is not None
-        return site
 
     def admit(self, name: str) -> None:
         """Let a pending site in."""

@@ -29,9 +29,9 @@ def launch_status(home: ServerHome, launch: str) -> dict[str, Any]:
 
 
 def server_status(home: ServerHome) -> dict[str, Any]:
-    """Return sites, newest launch and newest model. Keys of sites and tokens are left out."""
+    """Return sites, newest launch and newest model, never a token. ``key`` is what ``join`` shows on the other side."""
     sites = [
-        {"site": s.name, "status": s.status, "enrolled": s.enrolled, "seen": s.seen}
+        {"site": s.name, "status": s.status, "key": s.identity, "enrolled": s.enrolled, "seen": s.seen}
         for s in Registry(home.registry).sites()
     ]
     launches = sorted(home.launches.glob("*.spec.json"), key=lambda p: p.stat().st_mtime)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import os
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+
+from medlsdm.errors import DataError
 
 CHUNK = 8 * 1024 * 1024
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be")
@@ -65,27 +71,42 @@ def _triples(data: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def search(roots: Iterable[Path], tokens: Iterable[str]) -> LeakSearch:
-    """Look for each token in the bytes and names of every file; gzip files are searched unpacked too."""
+    """Look for each token in the bytes and names of every file; gzip files are searched unpacked too.
+
+    Raises:
+        DataError: One of ``roots`` is not there: nothing found would mean nothing.
+    """
     wanted = sorted(set(tokens))
     needles = Needles(wanted)
     files, size, found = 0, 0, []
     for root in roots:
-        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        if not root.exists():
+            raise DataError(f"{str(root)!r} is not there to be searched.", "Check the path.")
+        for path in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
             files += 1
-            hit = needles.found_in(str(path.relative_to(root)).encode().ljust(PREFIX))
-            for piece in _pieces(path, needles.longest):
-                size += len(piece)
+            name = path.relative_to(root) if path != root else path.name
+            hit = needles.found_in(os.fsencode(name).ljust(PREFIX))
+            for piece, fresh in _pieces(path, needles.longest):
+                size += fresh
                 hit = hit or needles.found_in(piece)
             if hit:
                 found.append(str(path))
     return LeakSearch(len(wanted), files, size, tuple(found))
 
 
-def _pieces(path: Path, overlap: int) -> Iterator[bytes]:
-    openers = [open, gzip.open] if path.suffix == ".gz" else [open]
-    for opener in openers:
-        with opener(path, "rb") as stream:
-            tail = b""
-            while piece := stream.read(CHUNK):
-                yield tail + piece
-                tail = piece[-overlap:]
+def _pieces(path: Path, overlap: int) -> Iterator[tuple[bytes, int]]:
+    """Yield the file in pieces that overlap, each with how much of it is new; gzip also unpacked, as far as it goes."""
+    with path.open("rb") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        yield from _read(stream, overlap)
+    if packed:
+        with suppress(gzip.BadGzipFile, EOFError, zlib.error), gzip.open(path, "rb") as stream:
+            yield from _read(stream, overlap)
+
+
+def _read(stream: IO[bytes], overlap: int) -> Iterator[tuple[bytes, int]]:
+    tail = b""
+    while piece := stream.read(CHUNK):
+        yield tail + piece, len(piece)
+        tail = (tail + piece)[-overlap:]
