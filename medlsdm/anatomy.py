@@ -18,11 +18,11 @@ from medlsdm.config import Triple, load_schema
 from medlsdm.types import Geometry, Modality, Scan, SemanticMap
 
 Field = NDArray[np.float32]
-BODY, LUNG, LIVER, BONE, AORTA, LESION, WHITE, GREY, FLUID, HIPPOCAMPUS = range(1, 11)
+BODY, LUNG, LIVER, BONE, AORTA, LESION, WHITE, GREY, FLUID, HIPPOCAMPUS, SKULL = range(1, 12)
 
 TORSO_CT = {0: -1000, BODY: 20, LUNG: -820, LIVER: 95, BONE: 520, AORTA: 230, LESION: 45}
 TORSO_PT = {0: 0.0, BODY: 0.8, LUNG: 0.4, LIVER: 2.4, BONE: 1.1, AORTA: 1.6, LESION: 9.0}
-HEAD_MR = {0: 10, BODY: 380, BONE: 60, WHITE: 820, GREY: 560, FLUID: 150, HIPPOCAMPUS: 610, LESION: 930}
+HEAD_MR = {0: 10, BODY: 380, SKULL: 60, WHITE: 820, GREY: 560, FLUID: 150, HIPPOCAMPUS: 610, LESION: 930}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,10 +124,10 @@ def _head(c: Canvas) -> NDArray[np.uint8]:
     folds = 0.035 * np.sin(11 * c.x + 4 * np.sin(5 * c.z)) * np.sin(10 * c.y + 3 * np.sin(6 * c.x))
     skull = rng.uniform(0.86, 0.9)
     labels[radius < 1] = BODY
-    labels[radius < skull + 0.04] = BONE
-    labels[radius < skull - 0.04] = FLUID
-    labels[radius + folds < skull - 0.09] = GREY
-    labels[radius + 1.6 * folds < skull - 0.09 - rng.uniform(0.14, 0.2)] = WHITE
+    labels[radius < skull + 0.05] = SKULL
+    labels[radius < skull - 0.07] = FLUID
+    labels[radius + folds < skull - 0.12] = GREY
+    labels[radius + 1.6 * folds < skull - 0.12 - rng.uniform(0.14, 0.2)] = WHITE
     width = rng.uniform(0.75, 1.6)
     for side in (-1, 1):
         labels[c.ellipsoid((0.3 * side, 0.05, -0.02), (0.13, 0.17, 0.14))] = GREY

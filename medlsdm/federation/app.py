@@ -12,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sysconfig
+import time
 from pathlib import Path
 
 from medlsdm.errors import ConfigError, RoundError
 
 APP_FOLDER = Path(__file__).parent / "flower_app"
 
+HELPER_SECONDS = 3.0
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 1, 24
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 
@@ -31,6 +33,25 @@ def obey_file_modes() -> None:
     """Take from root, in a child before it starts, the power to write where file modes forbid it."""
     for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
         _prctl(PR_CAPBSET_DROP, capability)
+
+
+def end_group(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """End a program that leads its own process group, gently at first, and the helpers that outlive it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + HELPER_SECONDS
+        while time.monotonic() < end:
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
 
 
 def _prctl(option: int, value: int) -> None:

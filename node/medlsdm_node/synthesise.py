@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from medlsdm.checks import existing_folder
-from medlsdm.errors import DataError, SchemaError
+from medlsdm.errors import DataError, NetworkError, SchemaError
 from medlsdm.types import Modality, SemanticMap
 from medlsdm.volumes import list_nifti, read_nifti
 from medlsdm_node.coordinator import Coordinator
 from medlsdm_node.home import NodeHome
 from medlsdm_node.status import write_activity
 from medlsdm_node.vault import Vault
+
+log = logging.getLogger(__name__)
 
 
 def choose_model(home: NodeHome, wanted: str) -> Path:
@@ -28,7 +31,13 @@ def choose_model(home: NodeHome, wanted: str) -> Path:
         return home.models / wanted
     if home.server_file.exists():
         coordinator = Coordinator.joined(home)
-        remote = [m["id"] for m in coordinator.models() if m["stage"] == "stage2"]
+        try:
+            remote = [m["id"] for m in coordinator.models() if m["stage"] == "stage2"]
+        except NetworkError:
+            if wanted or not local:
+                raise
+            log.warning("the coordinator does not answer; using the newest model that is here")
+            return home.models / local[-1]
         if wanted and wanted not in remote:
             raise DataError(f"There is no model {wanted!r}.", "Leave --model out to take the newest.")
         if wanted or remote:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medlsdm.anatomy import AORTA, BODY, BONE, FLUID, GREY, HIPPOCAMPUS, LIVER, LUNG, WHITE, generate
+from medlsdm.anatomy import AORTA, BODY, BONE, FLUID, GREY, HIPPOCAMPUS, LIVER, LUNG, SKULL, WHITE, generate
 from medlsdm.types import Modality
 
 
@@ -22,7 +22,7 @@ def test_every_patient_has_its_organs(seed):
     torso, head = generate(seed, Modality.CT)[1].array, generate(seed, Modality.MR)[1].array
     for organ in (BODY, LUNG, LIVER, BONE, AORTA):
         assert np.sum(torso == organ) > 50
-    for organ in (BODY, BONE, GREY, WHITE, FLUID, HIPPOCAMPUS):
+    for organ in (BODY, SKULL, GREY, WHITE, FLUID, HIPPOCAMPUS):
         assert np.sum(head == organ) > 20
 
 
