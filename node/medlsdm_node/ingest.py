@@ -79,8 +79,10 @@ def ingest(home: NodeHome, source: Path, progress: Report | None = None) -> Inge
     home.audit.append("ingest", pairs=stored, held=sum(reasons.values()), recipe=report.recipe_sha256)
     result = IngestResult(stored, len(patients), dict(reasons), _notes(report.ocr), time.monotonic() - started)
     if not stored:
-        most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "no DICOM was found"
-        raise QuarantineError(f"Nothing could be used: {most}.", "See 'medlsdm-node quarantine'.")
+        most = "; ".join(f"{count} x {reason.rstrip('.')}" for reason, count in reasons.most_common(3))
+        raise QuarantineError(
+            f"Nothing could be used: {most or 'no DICOM was found'}.", "See 'medlsdm-node quarantine'."
+        )
     return result
 
 

@@ -15,13 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medlsdm.errors import EnrolmentError, RoundError
-from medlsdm.federation.app import build_archive, die_with_parent, flower_environment, obey_file_modes, program
+from medlsdm.federation.app import (
+    build_archive,
+    die_with_parent,
+    end_group,
+    flower_environment,
+    obey_file_modes,
+    program,
+)
 from medlsdm_node.coordinator import Coordinator
 from medlsdm_node.home import HOME_VARIABLE, NodeHome
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S, PATIENCE_S = 2.0, 30.0, 180.0
+STOP_SECONDS = 20
 
 
 def install_app(home: NodeHome) -> str:
@@ -109,6 +117,7 @@ class SuperNode:
                 on_tick()
                 time.sleep(tick_s)
                 continue
+            end_group(self.process, STOP_SECONDS)
             self.process = None
             now = time.monotonic()
             failing_since = failing_since or now
@@ -123,11 +132,5 @@ class SuperNode:
     def stop(self) -> None:
         """End it gently, so that the coordinator lets it come back at once."""
         self.stopping = True
-        if self.process is None or self.process.poll() is not None:
-            return
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        if self.process is not None:
+            end_group(self.process, STOP_SECONDS)

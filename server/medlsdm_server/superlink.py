@@ -15,11 +15,11 @@ from typing import Any
 
 from medlsdm.checks import write_atomic
 from medlsdm.errors import BusyError, RoundError
-from medlsdm.federation.app import die_with_parent, flower_environment, program
+from medlsdm.federation.app import die_with_parent, end_group, flower_environment, program
 from medlsdm_server.home import HOME_VARIABLE, ServerHome
 
 CONNECTION = "medlsdm"
-START_SECONDS = 90
+START_SECONDS, STOP_SECONDS = 90, 15
 
 
 def free_port() -> int:
@@ -100,14 +100,8 @@ class SuperLink:
 
     def stop(self) -> None:
         """End it, and what it started."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        if self.process is not None:
+            end_group(self.process, STOP_SECONDS)
 
 
 def _context(home: ServerHome) -> Any:

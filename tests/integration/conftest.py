@@ -83,6 +83,14 @@ def of_home(flwr_home: Path) -> dict[int, str]:
     return found
 
 
+def wait_until_gone(flwr_home: Path, seconds: float) -> None:
+    """Fail, and name them, if programs of this home still run after so long."""
+    end = time.monotonic() + seconds
+    while left := of_home(flwr_home):
+        assert time.monotonic() < end, f"after {seconds} s these still run: {left}"
+        time.sleep(0.2)
+
+
 class Programs:
     """Hold every program that a test started, and end each of them, whatever happens."""
 

@@ -105,7 +105,7 @@ def _pieces(path: Path, overlap: int) -> Iterator[tuple[bytes, int]]:
             yield from _read(stream, overlap)
 
 
-def _read(stream: IO[bytes], overlap: int) -> Iterator[tuple[bytes, int]]:
+def _read(stream: IO[bytes] | gzip.GzipFile, overlap: int) -> Iterator[tuple[bytes, int]]:
     tail = b""
     while piece := stream.read(CHUNK):
         yield tail + piece, len(piece)

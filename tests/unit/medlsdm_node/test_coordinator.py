@@ -37,8 +37,8 @@ def test_an_address_is_a_host_and_a_port(text, host, port):
     "text",
     [
         "", ":", ":8443", "host:", "host:0", "host:65536", "host:x", "host:\u00b2", "host:-1", "https://host",
-        "host/path", "a b", "user@host", "host?x", "host#x", "::1", "[::1", "a:b:1", "host:80\n:1", "x" * 254, "h\u00f6st",
-        "host:000001",
+        "host/path", "a b", "user@host", "host?x", "host#x", "::1", "[::1", "a:b:1", "host:80\n:1",
+        "x" * 254, "h\u00f6st", "host:000001",
     ],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(text):

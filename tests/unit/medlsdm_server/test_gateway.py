@@ -97,7 +97,6 @@ def test_every_fleet_call_is_forwarded(client):
     assert {client.post(path).status_code for path in FLEET_CALLS} == {503}
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
 @pytest.mark.parametrize(
     "path",
     [
@@ -108,8 +107,9 @@ def test_every_fleet_call_is_forwarded(client):
         "/V1/fleet/activate-node", "/v1/fleet/activate-node%00", "/v1/models/x/y/z", "/v1/registry", "/registry.db",
     ],
 )  # fmt: skip
-def test_nothing_else_is_there(client, path, method):
-    assert client.request(method, path).status_code in (404, 405)
+def test_nothing_else_is_there(client, path):
+    methods = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+    assert {client.request(method, path).status_code for method in methods} <= {404, 405}
 
 
 def test_fleet_calls_are_posts(client):
