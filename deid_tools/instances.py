@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deid_tools.modules import complete
 from deid_tools.series import lps_to_ras
+from deid_tools.uids import fresh_uid
 from medlsdm.errors import DataError, GeometryError
 from medlsdm.types import Geometry, Modality
 
@@ -113,7 +114,6 @@ def images(slices: Slices, modality: Modality, uids: dict[str, str]) -> Iterator
         uids: StudyInstanceUID, SeriesInstanceUID and FrameOfReferenceUID; each image gets a random one.
     """
     from pydicom.dataset import Dataset
-    from pydicom.uid import generate_uid
     from pydicom.valuerep import format_number_as_ds
 
     def numbers(values: Any) -> list[str]:
@@ -122,7 +122,7 @@ def images(slices: Slices, modality: Modality, uids: dict[str, str]) -> Iterator
     for k, picture in enumerate(slices.stored):
         ds = Dataset()
         ds.SpecificCharacterSet = "ISO_IR 192"
-        ds.SOPClassUID, ds.SOPInstanceUID = SOP_CLASSES[modality], generate_uid(prefix="2.25.")
+        ds.SOPClassUID, ds.SOPInstanceUID = SOP_CLASSES[modality], fresh_uid()
         ds.Modality = modality.value
         for keyword, uid in uids.items():
             setattr(ds, keyword, uid)

@@ -30,7 +30,7 @@ MR_TOP = 4095
 
 @dataclass(slots=True)
 class _Planter:
-    """Make up tokens of six characters or more and remember each."""
+    """Make up tokens of six characters or more, numbers of twelve, which no UID holds by chance, and remember each."""
 
     random: random.Random
     tokens: list[str]
@@ -116,15 +116,15 @@ def _identity(planter: _Planter, hospital: str, modality: Modality) -> dict[str,
         planter.keep(hospital)
     return {
         "PatientName": f"{planter.name()}^{planter.name()}^{planter.name()}",
-        "PatientID": f"MRN{planter.digits(8)}",
-        "OtherPatientIDs": planter.digits(9),
+        "PatientID": f"MRN{planter.digits(12)}",
+        "OtherPatientIDs": planter.digits(12),
         "PatientBirthDate": planter.day(1930, 2005),
         "PatientSex": "F",
         "PatientAge": "093Y",
-        "PatientAddress": f"{planter.name()} street {planter.digits(6)}",
-        "PatientTelephoneNumbers": f"+49{planter.digits(9)}",
-        "AccessionNumber": f"ACC{planter.digits(8)}",
-        "StudyID": planter.digits(7),
+        "PatientAddress": f"{planter.name()} street 7",
+        "PatientTelephoneNumbers": f"+49{planter.digits(12)}",
+        "AccessionNumber": f"ACC{planter.digits(12)}",
+        "StudyID": planter.digits(12),
         "StudyDate": study_day,
         "SeriesDate": study_day,
         "AcquisitionDate": study_day,
@@ -137,12 +137,12 @@ def _identity(planter: _Planter, hospital: str, modality: Modality) -> dict[str,
         "InstitutionName": institution[:64],
         "InstitutionAddress": f"{planter.name()} square, {planter.name()}",
         "StationName": f"ST{planter.name()}",
-        "DeviceSerialNumber": f"SN{planter.digits(7)}",
+        "DeviceSerialNumber": f"SN{planter.digits(12)}",
         "Manufacturer": "Example Imaging",
         "StudyDescription": f"{modality.value} referred by {planter.name()}",
         "SeriesDescription": f"thin {planter.name()}",
         "ProtocolName": f"protocol of {planter.name()}",
-        "PatientComments": f"daughter {planter.name()} called {planter.digits(10)}",
+        "PatientComments": f"daughter {planter.name()} called {planter.digits(12)}",
         "ImageComments": f"seen by {planter.name()}",
         "AdditionalPatientHistory": f"lives with {planter.name()}",
         "RequestedProcedureDescription": f"asked by {planter.name()}",
@@ -164,7 +164,7 @@ def _dress(ds: Dataset, identity: dict[str, Any], planter: _Planter, k: int) -> 
         ds.ScanningSequence, ds.SequenceVariant, ds.EchoTime, ds.RepetitionTime = "GR", "SP", "3.5", "1800"
     item = Dataset()
     item.RequestedProcedureDescription = identity["RequestedProcedureDescription"]
-    item.ScheduledProcedureStepID = planter.digits(8) if k == 0 else ""
+    item.ScheduledProcedureStepID = planter.digits(12) if k == 0 else ""
     deeper = coded("X-001", "99LOCAL", f"for {identity['PatientName'].split('^')[0]}")
     item.RequestedProcedureCodeSequence = [deeper]
     ds.RequestAttributesSequence = [item]
@@ -189,10 +189,12 @@ def _segmentation(series: list[Dataset], labels: SemanticMap, planter: _Planter,
     slices = cut(labels.array.astype(np.int16 if labels.array.max() < 32768 else np.int32), labels.geometry, slope=1.0)
     present = [c for c in sorted(labels.schema.classes, key=lambda c: c.id) if c.id and (slices.stored == c.id).any()]
     masks = np.stack([slices.stored == c.id for c in present], axis=-1)
+    codes = [class_code(c) for c in labels.schema.classes]
+    surname = identity["PatientName"].split("^")[0]
     segments = [
         SegmentDescription(
             number,
-            f"{cls.name} {identity['PatientName'].split('^')[0]}"[:64],
+            cls.name if codes.count(class_code(cls)) > 1 else f"{cls.name} {surname}"[:64],
             Code("123037004", "SCT", "Anatomical Structure"),
             Code(*class_code(cls), cls.name[:64]),
             "MANUAL",

@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
+import uuid
+from itertools import count
 
 from deid_tools.keys import SiteKeys
 
 STANDARD_ROOT = "1.2.840.10008."
+_DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
 
 
 def _mac(key: bytes, *parts: str) -> bytes:
@@ -23,12 +27,21 @@ def _token(prefix: str, digest: bytes) -> str:
 def new_uid(keys: SiteKeys, uid: str) -> str:
     """Return ``2.25.`` and 128 keyed bits for a UID; those that the standard defines stay.
 
+    One number in forty holds digits that read like a date; the next one is taken instead, so that a
+    search for dates in what was written finds only dates.
+
     Source: PS3.5 B.2 (UUID derived UIDs have at most 39 digits after the root).
     """
     uid = uid.strip(" \0")
     if uid.startswith(STANDARD_ROOT):
         return uid
-    return f"2.25.{int.from_bytes(_mac(keys.uid, 'uid', uid)[:16], 'big')}"
+    drawn = (_mac(keys.uid, "uid", uid, *([str(n)] if n else [])) for n in count())
+    return next(u for mac in drawn if not _DATE.search(u := f"2.25.{int.from_bytes(mac[:16], 'big')}"))
+
+
+def fresh_uid() -> str:
+    """Return a random UID for something new, which holds no digits that read like a date."""
+    return next(u for _ in count() if not _DATE.search(u := f"2.25.{uuid.uuid4().int}"))
 
 
 def pseudonym(keys: SiteKeys, issuer: str, patient_id: str) -> str:

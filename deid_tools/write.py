@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from deid_tools.instances import cut, images
 from deid_tools.modules import save_clean
 from deid_tools.nested import coded
+from deid_tools.uids import fresh_uid
 from medlsdm.errors import DataError, NotSyntheticError
 from medlsdm.types import Modality, SyntheticVolume
 
@@ -42,12 +43,7 @@ def write_synthetic_series(volume: SyntheticVolume, folder: Path, *, description
         raise DataError(f"The folder {folder.name!r} already holds files.", "Give an empty folder.")
     if len(description) > 64 or "\\" in description:
         raise DataError("The series description is longer than 64 characters or holds a backslash.")
-    from pydicom.uid import generate_uid
-
-    uids = {
-        keyword: str(generate_uid(prefix="2.25."))
-        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
-    }
+    uids = {keyword: fresh_uid() for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
     slices = cut(
         volume.array,
         volume.geometry,

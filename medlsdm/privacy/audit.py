@@ -36,7 +36,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from medlsdm.errors import DataError, GateError, GeometryError
 from medlsdm.privacy import index
@@ -92,6 +92,8 @@ class PlantResult:
     @property
     def recall_bound(self) -> float:
         """Return the one-sided 95 % Clopper-Pearson lower bound of the recall."""
+        from scipy import stats  # a third of a second that most commands need not wait for
+
         if not self.caught:
             return 0.0
         return float(stats.beta.ppf(0.05, self.caught, self.planted - self.caught + 1))
