@@ -71,11 +71,12 @@ def program(name: str) -> str:
 
 
 def flower_environment(flwr_home: Path, **extra: str) -> dict[str, str]:
-    """Return the environment for any Flower process: no telemetry, no update check, own home."""
+    """Return the environment for any Flower process: no telemetry, no update check, own home, our programs first."""
     return os.environ | {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(flwr_home),
+        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),  # Flower starts its own
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
         "PYTHONWARNINGS": "ignore",
         "NO_COLOR": "1",
