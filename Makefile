@@ -31,7 +31,7 @@ types: $(VENV)/installed
 	$(BIN)/pyright
 
 unit: $(VENV)/installed
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations 8
 
 test-peers:
 	apt-get update -qq

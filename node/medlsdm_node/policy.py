@@ -74,19 +74,23 @@ class SitePolicy(BaseModel):
 
 
 def load_policy(path: Path) -> SitePolicy:
-    """Read the policy file; a damaged one refuses everything.
+    """Read the policy file; a damaged or shortened one refuses everything.
 
     Raises:
         ConfigError: It is missing or does not read.
     """
     try:
-        return SitePolicy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        rules = yaml.safe_load(path.read_text(encoding="utf-8"))
+        policy = SitePolicy.model_validate(rules)
     except OSError as error:
         raise ConfigError("policy.yaml is missing.", "Restore it; without it this site does nothing.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise _unreadable("it is not YAML") from error
     except ValidationError as error:
         raise _unreadable(".".join(str(p) for p in error.errors()[0]["loc"]) or "it holds no rules") from error
+    if missing := sorted(set(SitePolicy.model_fields) - {"gate"} - set(rules)):
+        raise _unreadable(f"{', '.join(missing)} missing")  # a file cut short must not fall back to what is permitted
+    return policy
 
 
 def _unreadable(where: str) -> ConfigError:

@@ -101,3 +101,11 @@ def test_a_missing_file_refuses_everything(tmp_path):
 
 def test_stages_have_a_name_each():
     assert SitePolicy().stages == tuple(Stage)
+
+
+@pytest.mark.parametrize("kept", range(1, len(DEFAULT_POLICY.splitlines())))
+def test_a_file_cut_at_any_line_end_is_refused(tmp_path, kept):
+    path = tmp_path / "policy.yaml"
+    path.write_text("\n".join(DEFAULT_POLICY.splitlines()[:kept]) + "\n")
+    with pytest.raises(ConfigError):
+        load_policy(path)
