@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -26,7 +28,6 @@ LAST_SECONDS = 5.0
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Run one round. Whatever goes wrong, the coordinator reads ``public_text`` and no more."""
-    _end_with_parent()
     home = NodeHome.default(None)
     try:
         plan = RoundPlan.from_json(str(message.content["config"]["plan"]))  # type: ignore[index]
@@ -52,11 +53,16 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _end_with_parent() -> None:
-    """End this process soon after the one that started it: Flower alone would go on calling a node that is gone."""
+    """End this process soon after the node: Flower alone would go on calling a node that is gone.
+
+    Watched are the process that started this one and the SuperNode that ``--parent-pid`` names, for either
+    may be gone before this line runs.
+    """
     parent = os.getppid()
+    stated = sys.argv[sys.argv.index("--parent-pid") + 1 :][:1]
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and all(Path(f"/proc/{pid}").exists() for pid in stated):
             time.sleep(0.5)
         time.sleep(LAST_SECONDS)
         os._exit(1)
@@ -70,3 +76,7 @@ def _refusal(home: NodeHome, message: Message, error: MedlsdmError, local: str) 
         stream.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {error.code}: {local}\n")
     write_activity(home, "refused", reason=error.message)
     return Message(Error(error.exit_status, error.public_text), reply_to=message)
+
+
+if "--parent-pid" in sys.argv:  # as Flower starts it
+    _end_with_parent()

@@ -46,13 +46,16 @@ class Conductor:
 
     def __init__(self, home: ServerHome, launch: Launch, grid: Grid) -> None:
         self.home, self.launch, self.grid = home, launch, grid
-        self.names = {s.node_id: s.name for s in Registry(home.registry).sites()}
         self.strategy = FedAvg(
             fraction_evaluate=0.0,
             min_train_nodes=launch.sites,
             min_available_nodes=launch.sites,
             weighted_by_key="weight",
         )
+
+    def _name(self, node: object) -> str:
+        """Return the site behind a node number; sites may enrol while a launch waits for them."""
+        return next((s.name for s in Registry(self.home.registry).sites() if s.node_id == str(node)), "?")
 
     def run(self) -> None:
         """Train stage 1, then stage 2, each from its last checkpoint on."""
@@ -101,7 +104,7 @@ class Conductor:
         while True:
             online = list(self.grid.get_node_ids())
             if len(online) >= self.launch.sites:
-                return sorted(self.names.get(str(n), "?") for n in online)
+                return sorted(self._name(n) for n in online)
             if time.monotonic() > end:
                 raise RoundError(
                     f"{len(online)} of {self.launch.sites} sites are online.",
@@ -130,7 +133,7 @@ class Conductor:
         """Keep the replies that fit the model; note who refused and why, in the site's public words."""
         usable, rows = [], []
         for message in replies:
-            site = self.names.get(str(message.metadata.src_node_id), "?")
+            site = self._name(message.metadata.src_node_id)
             row: dict[str, Any] = {"site": site, "loss": None, "training_seconds": 0.0, "refused": ""}
             try:
                 if message.has_error():

@@ -51,7 +51,7 @@ def test_refuses_settings_that_do_not_fit(path, value):
 
 def test_schemas_load_and_values_make_one():
     assert load_schema("hippocampus").ids == (0, 1, 2)
-    assert len(load_schema("procedural").ids) == 11
+    assert len(load_schema("procedural").ids) == 12
     assert schema_of_values({0, 3, 7}).by_id(7).name == "label 7"
     with pytest.raises(SchemaError):
         schema_of_values({0})

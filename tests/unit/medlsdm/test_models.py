@@ -102,7 +102,7 @@ def test_standardise_uses_the_buffers_and_is_undone():
 @pytest.mark.parametrize("size", [(5, 7, 3), (1, 2, 9), (4, 4, 4)])
 def test_unet_takes_latents_whose_size_divides_by_nothing(checkpoint, size):
     denoiser = checkpoint.build_denoiser()
-    labels = one_hot(torch.zeros(1, *(4 * n for n in size), dtype=torch.int64), 11)
+    labels = one_hot(torch.zeros(1, *(4 * n for n in size), dtype=torch.int64), 12)
     x = torch.randn(1, 8, *size)
     guidance = denoiser.prepare_labels(labels)
     assert denoiser(x, torch.tensor([0.5]), guidance, torch.ones(1, 3), torch.tensor([1])).shape == x.shape
@@ -111,7 +111,7 @@ def test_unet_takes_latents_whose_size_divides_by_nothing(checkpoint, size):
 def test_unet_with_cached_labels_equals_labels_computed_each_time(checkpoint):
     denoiser = checkpoint.build_denoiser()
     rng = np.random.default_rng(0)
-    labels = one_hot(torch.from_numpy(rng.integers(0, 11, (1, 16, 16, 16))), 11)
+    labels = one_hot(torch.from_numpy(rng.integers(0, 12, (1, 16, 16, 16))), 12)
     conditions = torch.ones(1, 3), torch.tensor([0])
     cached = denoiser.prepare_labels(labels)
     for t in (0.9, 0.1):
@@ -123,7 +123,7 @@ def test_unet_with_cached_labels_equals_labels_computed_each_time(checkpoint):
 @pytest.mark.parametrize("change", ["labels", "time", "spacing", "modality"])
 def test_unet_listens_to_every_condition(checkpoint, change):
     denoiser = checkpoint.build_denoiser()
-    labels = one_hot(torch.ones(1, 16, 16, 16, dtype=torch.int64), 11)
+    labels = one_hot(torch.ones(1, 16, 16, 16, dtype=torch.int64), 12)
     other = torch.zeros_like(labels) if change == "labels" else labels
     x = torch.randn(1, 8, 4, 4, 4)
     plain = denoiser(x, torch.tensor([0.5]), denoiser.prepare_labels(labels), torch.ones(1, 3), torch.tensor([0]))
