@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from medlsdm_server import models
@@ -37,10 +38,19 @@ def server_status(home: ServerHome) -> dict[str, Any]:
     launches = sorted(home.launches.glob("*.spec.json"), key=lambda p: p.stat().st_mtime)
     newest = launches[-1].name.removesuffix(".spec.json") if launches else None
     model = models.latest(home.models)
-    address = home.run / "address.json"
     return {
-        "running": json.loads(address.read_text()) if address.exists() else None,
+        "running": _running(home),
         "sites": sites,
         "launch": launch_status(home, newest) if newest else None,
         "model": model.to_json() if model else None,
     }
+
+
+def _running(home: ServerHome) -> dict[str, Any] | None:
+    """Return port and process of the running coordinator; one that was killed left its note behind."""
+    try:
+        address = json.loads((home.run / "address.json").read_text())
+        os.kill(int(address["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return address
