@@ -1,5 +1,6 @@
 # make demo            the whole walk with three hospitals on this machine
 # make test            lint, types and tests
+# make bench-gate DATA=DIR   what the copy gate catches and misses
 # make test-peers      Debian's DICOM tools that some tests compare with (needs root)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 DATA ?=
 PLAN ?=
 
-.PHONY: demo test check lint types unit test-peers clean
+.PHONY: demo test check lint types unit bench-gate test-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ types: $(VENV)/installed
 
 unit: $(VENV)/installed
 	$(BIN)/pytest -q -n 2 --dist loadfile --durations 8
+
+bench-gate: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/copy_gate.py $(DATA)
 
 test-peers:
 	apt-get update -qq
