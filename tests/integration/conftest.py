@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHO
 def environment(**extra: str) -> dict[str, str]:
     """Return an environment in which nothing of this user's own node or server is found."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MEDLSDM_", "FLWR_"))}
+    kept["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), kept.get("PATH", "")])  # Flower starts its own
     return kept | QUIET | extra
 
 

@@ -316,7 +316,7 @@ def test_a_key_that_is_not_enrolled_is_refused(federation: Federation, client: h
         "--root-certificates", federation.coordinator / "ca.crt", "--auth-supernode-private-key", tmp_path / "key",
         "--max-retries", "1", "--port", str(free_port()), FLWR_HOME=str(tmp_path / "flower"),
     )  # fmt: skip
-    assert stranger.wait(60) == 1
+    assert stranger.wait(120) == 1
     assert "Failed to activate SuperNode" in (programs.folder / "stranger.log").read_text()
     asked = [r for r in federation.proxied.requests() if r.path.endswith("/pull-messages")][-1]
     told = {k: v for k, v in asked.headers.items() if k.startswith(("content-type", "accept", "flwr-"))}
