@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -132,10 +133,19 @@ def real(folder: Path) -> list[Dataset]:
 @pytest.mark.parametrize("name", CLEAN)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_agrees_with_dcm2niix(data, tmp_path, name):
-    if not shutil.which("dcm2niix"):
-        pytest.skip("dcm2niix is not installed")
     scan = build_scan(real(data / "dicom" / name), "P")
-    command = ["dcm2niix", "-b", "n", "-z", "n", "-f", "x", "-o", str(tmp_path), str(data / "dicom" / name)]
+    command = [
+        str(Path(sysconfig.get_path("scripts")) / "dcm2niix"),
+        "-b",
+        "n",
+        "-z",
+        "n",
+        "-f",
+        "x",
+        "-o",
+        str(tmp_path),
+        str(data / "dicom" / name),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     array, geometry = to_ras(*read_nifti(tmp_path / "x.nii"))
     np.testing.assert_array_equal(array.astype(np.float32), scan.array)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -73,11 +74,20 @@ def test_refuses_a_sheared_grid_a_full_folder_and_a_long_description(tmp_path):
 
 @pytest.mark.parametrize("modality", [Modality.CT, Modality.MR])
 def test_dcm2niix_reads_the_same_volume(tmp_path, modality):
-    if not shutil.which("dcm2niix"):
-        pytest.skip("dcm2niix is not installed")
     volume = synthetic(modality)
     paths = write_synthetic_series(volume, tmp_path / "dicom")
-    command = ["dcm2niix", "-b", "n", "-z", "n", "-f", "x", "-o", str(tmp_path), str(tmp_path / "dicom")]
+    command = [
+        str(Path(sysconfig.get_path("scripts")) / "dcm2niix"),
+        "-b",
+        "n",
+        "-z",
+        "n",
+        "-f",
+        "x",
+        "-o",
+        str(tmp_path),
+        str(tmp_path / "dicom"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     array, geometry = to_ras(*read_nifti(tmp_path / "x.nii"))
     step = float(pydicom.dcmread(paths[0]).get("RescaleSlope", 1))
