@@ -85,7 +85,11 @@ class DenoiserConfig(Settings):
 
 
 class StageConfig(Settings):
-    """Say how one stage trains. ``crop`` cuts smaller training volumes than the preset's window."""
+    """Say how one stage trains.
+
+    ``crop`` cuts smaller training volumes than the preset's window. ``gradient_checkpointing`` saves
+    memory for a third more time; ``compile`` and ``channels_last`` lose time on CPUs and may win on GPUs.
+    """
 
     steps: int = Field(ge=0)
     batch: int = Field(4, ge=1)
@@ -95,6 +99,10 @@ class StageConfig(Settings):
     weight_decay: float = Field(0.01, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
     save_every: int = Field(200, ge=1)
+    augment: Literal["none", "light", "strong"] = "none"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
 
 
 class SamplingConfig(Settings):

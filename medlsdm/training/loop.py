@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,16 +15,23 @@ from torch import Tensor, nn
 
 from medlsdm.config import StageConfig
 from medlsdm.errors import DataError, MedlsdmError
+from medlsdm.training.devices import average_gradients, memory_advice, rank_and_size, recomputed_blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Say where training stands: ``step`` of ``steps`` done in this stage, and the last loss."""
+    """Say where training stands: ``step`` of ``steps`` done in this stage, and what the last one was like.
+
+    ``gradient_norm`` is taken before clipping; ``seconds`` is what the step took.
+    """
 
     stage: str
     step: int
     steps: int
     loss: float
+    learning_rate: float = math.nan
+    gradient_norm: float = math.nan
+    seconds: float = math.nan
 
 
 Report = Callable[[Progress], None]
@@ -79,18 +87,34 @@ def fit(
     seed: int,
     progress: Report | None,
     optimiser: torch.optim.Optimizer | None,
+    after_step: Callable[[], None] | None = None,
 ) -> float:
     """Take ``steps`` steps of a schedule of ``total_steps`` that begins at ``first_step``.
 
     Each step draws from a generator of its own, made of ``seed`` and the step's number, so that
     training in slices equals training at once when the optimiser is kept. Without ``optimiser``
-    a fresh one starts, with a short ramp of its own.
+    a fresh one starts, with a short ramp of its own. Where several processes train together, each
+    draws its own batch and all take one step by the mean gradient.
+
+    Args:
+        module: Trained in place.
+        step_loss: Returns one step's loss; its draws come from the generator given and from torch's.
+        stage: Rates, clipping and how to spend memory.
+        name: What to call this in reports, for example "stage 1".
+        steps: How many steps to take now.
+        first_step: Where this slice begins in the schedule.
+        total_steps: How long the whole schedule is; by default it ends with this slice.
+        seed: Makes the training repeatable.
+        progress: Called after every step.
+        optimiser: Kept between slices on one machine; a fresh one otherwise.
+        after_step: Called after every update of the weights, for example to move their average.
 
     Returns:
         The mean loss of the last quarter of the steps.
 
     Raises:
         MedlsdmError: The loss is no longer finite.
+        ResourceError: Memory ran out.
     """
     if steps < 1:
         raise DataError("Training needs at least one step.", "Raise the number of steps.")
@@ -99,23 +123,48 @@ def fit(
     optimiser = optimiser or make_optimiser(module, stage)
     parameters = [p for p in module.parameters() if p.requires_grad]
     losses: list[float] = []
+    _arrange(module, stage)
     module.train()
-    with torch.random.fork_rng(devices=[]):
+    advice = f"Lower batch ({stage.batch}) or crop in the preset, set gradient_checkpointing: true, or use less data."
+    with (
+        torch.random.fork_rng(devices=[d for d in [device_of(module)] if d.type == "cuda"]),
+        memory_advice(name, advice),
+        recomputed_blocks(module, stage.gradient_checkpointing),
+    ):
         for taken in range(steps):
-            step = first_step + taken
-            torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+            started, step = time.perf_counter(), first_step + taken
+            rng = seeded(seed, step)
             rate = learning_rate(stage, step, total) * min(1.0, (taken + 1) / (ramp + 1))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = step_loss(np.random.default_rng([seed, step]))
+            loss = step_loss(rng)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise MedlsdmError(f"The loss of {name} is not finite at step {step}.", "Lower the learning rate.")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, stage.gradient_clip)
+            average_gradients(parameters)
+            norm = float(nn.utils.clip_grad_norm_(parameters, stage.gradient_clip))
             optimiser.step()
+            if after_step is not None:
+                after_step()
             if progress is not None:
-                progress(Progress(name, step + 1, total, losses[-1]))
+                progress(Progress(name, step + 1, total, losses[-1], rate, norm, time.perf_counter() - started))
     module.eval()
     return float(np.mean(losses[-max(1, steps // 4) :]))
+
+
+def seeded(seed: int, step: int) -> np.random.Generator:
+    """Seed torch for one step and return the step's own generator; both differ between processes."""
+    rank = rank_and_size()[0]
+    entropy = [seed, step] if rank == 0 else [seed, step, rank]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    return np.random.default_rng(entropy)
+
+
+def _arrange(module: nn.Module, stage: StageConfig) -> None:
+    """Lay out and compile the module as the settings say."""
+    if stage.channels_last:
+        module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if stage.compile and module._compiled_call_impl is None:
+        module.compile()
