@@ -27,21 +27,23 @@ class AutoencoderConfig(Settings):
 
     ``strides`` is the compression per axis; the first factor of two is a space-to-depth stem, so
     no convolution runs at full resolution. ``channels`` and the numbers of residual blocks name one value
-    for each scale after the stem, the finest first.
+    for each scale after the stem, the finest first. There is one latent channel for each entry of
+    ``levels``; ``codebook`` is the number of codes of the quantiser ``ema``.
     """
 
     strides: Triple = (4, 4, 4)
     channels: tuple[int, ...] = (32, 64)
     encoder_blocks: tuple[int, ...] = (1, 1)
     decoder_blocks: tuple[int, ...] = (1, 1)
-    quantiser: Literal["fsq", "none"] = "fsq"
+    quantiser: Literal["fsq", "ema", "none"] = "fsq"
     levels: tuple[int, ...] = (8, 8, 8, 8, 5, 5, 5, 5)
+    codebook: int = Field(512, ge=2)
     label_width: int = Field(16, ge=1)
     label_dropout: float = Field(0.1, ge=0, le=1)
 
     @property
     def latent_channels(self) -> int:
-        """Return the number of latent channels: one for each quantiser level."""
+        """Return the number of latent channels: one for each entry of ``levels``, whatever the quantiser."""
         return len(self.levels)
 
     @property

@@ -69,7 +69,7 @@ class VQGAN(nn.Module):
             nn.Conv3d(a * d[0] * d[1] * d[2], b, 1) for a, b, d in zip(widths, widths[1:], down, strict=False)
         )
         self.to_latents = nn.Sequential(group_norm(widths[-1]), nn.SiLU(), conv(widths[-1], config.latent_channels))
-        self.quantiser = build_quantiser(config.quantiser, config.levels)
+        self.quantiser = build_quantiser(config)
         self.from_latents = conv(config.latent_channels, widths[-1])
         self.labels = LabelPyramid(n_classes, config.label_width, _scales(config))
         self.decoder = nn.ModuleList(
