@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +15,7 @@ from medlsdm.errors import ConfigError, SchemaError
 from medlsdm.types import LabelSchema
 
 Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
 
 
 class Settings(BaseModel):
@@ -77,12 +79,19 @@ class AutoencoderConfig(Settings):
 
 
 class DenoiserConfig(Settings):
-    """Shape the semantic U-Net of stage 2; ``channels`` names one width for each scale."""
+    """Shape the semantic U-Net of stage 2; ``channels`` names one width for each scale.
+
+    ``norm: voxel`` looks at one voxel at a time, so that windows with a halo equal the whole. ``attention``
+    is the number of the coarsest scales that have it.
+    """
 
     channels: tuple[int, ...] = (32, 64)
     blocks: int = Field(1, ge=1)
     label_width: int = Field(16, ge=1)
     embedding_width: int = Field(64, ge=8)
+    norm: Literal["group", "voxel"] = "group"
+    attention: int = Field(0, ge=0)
+    checkpointing: bool = False
     label_dropout: float = Field(0.1, ge=0, le=1)
 
 
@@ -107,6 +116,44 @@ class StageConfig(Settings):
     channels_last: bool = False
 
 
+class AdversarialConfig(Settings):
+    """Say how discriminators push stage 1 towards real texture; ``weight`` 0 switches them off.
+
+    They begin to learn after ``start`` of all steps, and the autoencoder feels them ``warmup`` steps later.
+    The push is ``weight`` times the ratio of the gradients' lengths at the decoder's last layer, at most
+    ``limit``. ``slices`` is how many slices across each axis the 2D discriminators see in a step.
+    """
+
+    weight: float = Field(0.0, ge=0)
+    feature_matching: float = Field(0.0, ge=0)
+    r1: float = Field(0.0, ge=0)
+    start: float = Field(0.25, ge=0, le=1)
+    warmup: int = Field(100, ge=0)
+    limit: float = Field(10.0, gt=0)
+    discriminators: tuple[Literal["2d", "3d"], ...] = Field(("2d", "3d"), min_length=1)
+    channels: int = Field(16, ge=4)
+    slices: int = Field(2, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class Stage1Losses(Settings):
+    """Weigh the losses of stage 1; 0 switches one off. ``commitment`` counts with the quantiser ``ema`` only."""
+
+    l1: float = Field(1.0, ge=0)
+    mse: float = Field(0.0, ge=0)
+    gradient: float = Field(0.5, ge=0)
+    ssim: float = Field(0.0, ge=0)
+    perceptual: float = Field(0.0, ge=0)
+    commitment: float = Field(0.25, ge=0)
+    adversarial: AdversarialConfig = AdversarialConfig()
+
+
+class Stage1Config(StageConfig):
+    """Say how stage 1 trains, and for what."""
+
+    losses: Stage1Losses = Stage1Losses()
+
+
 class SamplingConfig(Settings):
     """Say how a volume is drawn; guidance 1 means none."""
 
@@ -122,7 +169,7 @@ class Preset(Settings):
     window: Triple
     autoencoder: AutoencoderConfig
     denoiser: DenoiserConfig
-    stage1: StageConfig
+    stage1: Stage1Config
     stage2: StageConfig
     sampling: SamplingConfig
 
@@ -138,15 +185,55 @@ class Preset(Settings):
         """Return the SHA-256 of the resolved settings."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def _stages(self) -> dict[str, StageConfig]:
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, StageConfig)}
+
+    def for_spacing(self, spacing: Spacing) -> Preset:
+        """Return the preset for voxels of this size (R, A, S, in mm).
+
+        A preset's strides are the compression of cubic voxels. Thick axes are compressed less, so that
+        latent voxels are as near to cubes as can be: 1 x 1 x 5 mm with stride 4 becomes 4 x 4 x 1. Windows
+        shrink along these axes as the strides do, so that latents keep their size.
+        """
+        auto, finest = self.autoencoder, min(spacing)
+        x, y, z = (_stride(s, mm / finest) for s, mm in zip(auto.strides, spacing, strict=True))
+        strides = (x, y, z)
+        if strides == auto.strides:
+            return self
+        scales = 1 + len(auto.model_copy(update={"strides": strides}).down)
+        names = ("channels", "encoder_blocks", "decoder_blocks")
+        fitted = auto.model_copy(update={"strides": strides} | {name: getattr(auto, name)[:scales] for name in names})
+
+        def shrunk(window: Triple) -> Triple:
+            x, y, z = (n * now // old for n, now, old in zip(window, strides, auto.strides, strict=True))
+            return x, y, z
+
+        stages = {
+            name: stage.model_copy(update={"crop": shrunk(stage.crop)})
+            for name, stage in self._stages.items()
+            if stage.crop
+        }
+        update: dict[str, Any] = {"autoencoder": fitted, "window": shrunk(self.window)} | stages
+        return Preset.model_validate(self.model_copy(update=update).model_dump())
+
     def scaled(self, factor: float) -> Preset:
-        """Return the preset with the steps of both stages multiplied by ``factor`` (at least one step)."""
+        """Return the preset with the steps of every stage multiplied by ``factor`` (at least one step)."""
         if not factor > 0:
             raise ConfigError(f"A step scale of {factor:g} makes no sense.", "Give a number above 0.")
         stages = {
             name: stage.model_copy(update={"steps": max(1, round(stage.steps * factor))})
-            for name, stage in (("stage1", self.stage1), ("stage2", self.stage2))
+            for name, stage in self._stages.items()
+            if stage.steps
         }
         return self.model_copy(update=stages)
+
+
+def _stride(stride: int, thickness: float) -> int:
+    """Return the compression up to ``stride`` that brings voxels ``thickness`` times as thick nearest to cubes."""
+    options = [2**n for n in range(stride.bit_length())]
+    return min(options, key=lambda option: abs(math.log(option * thickness / stride)))
 
 
 def config_folder() -> Path:
