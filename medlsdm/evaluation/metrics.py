@@ -102,6 +102,21 @@ def frechet_distance(first: NDArray[np.float64], second: NDArray[np.float64]) ->
     return float(max(0.0, np.sum((means[0] - means[1]) ** 2) + np.sum(one**2) + np.sum(two**2) - 2 * cross))
 
 
+def frechet_floor(reference: NDArray[np.float64], others: NDArray[np.float64], draws: int = 8) -> float:
+    """Return the Frechet distance that chance alone gives: ``reference`` against as many rows of ``others``.
+
+    Both are real. The mean over ``draws`` draws without replacement is returned.
+
+    Raises:
+        DataError: There are fewer others than references.
+    """
+    if len(others) < len(reference):
+        raise DataError(f"{len(others)} volumes cannot be a floor for {len(reference)}.", "Give at least as many.")
+    rng = np.random.default_rng(0)
+    chosen = [rng.permutation(len(others))[: len(reference)] for _ in range(draws)]
+    return float(np.mean([frechet_distance(reference, others[rows]) for rows in chosen]))
+
+
 def fingerprints(volumes: Sequence[Volume]) -> NDArray[np.float64]:
     """Return each volume as a unit vector: shrunk to 16^3, mean removed. Their products are correlations."""
     rows = []
