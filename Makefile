@@ -1,6 +1,7 @@
 # make demo            the whole walk with three hospitals on this machine
 # make test            lint, types and tests
 # make bench-gate DATA=DIR   what the copy gate catches and misses
+# make bench-speed     steps and sampling against the published networks and MONAI's (pip install -e '.[bench]')
 # make test-peers      Debian's DICOM tools that some tests compare with (needs root)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 DATA ?=
 PLAN ?=
 
-.PHONY: demo test check lint types unit bench-gate test-peers clean
+.PHONY: demo test check lint types unit bench-gate bench-speed test-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,9 @@ unit: $(VENV)/installed
 
 bench-gate: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/copy_gate.py $(DATA)
+
+bench-speed: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/speed.py --json runs/bench-speed.json
 
 test-peers:
 	apt-get update -qq

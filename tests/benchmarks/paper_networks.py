@@ -50,7 +50,7 @@ class EmaCodebook(nn.Module):
     @torch.no_grad()
     def _follow(self, rows: Tensor, one_hot: Tensor) -> None:
         self.counts.lerp_(one_hot.sum(0), 1 - self.decay)
-        self.sums.lerp_(one_hot.t() @ rows, 1 - self.decay)
+        self.sums.lerp_((one_hot.t() @ rows).float(), 1 - self.decay)
         total = self.counts.sum()
         smooth = (self.counts + 1e-7) / (total + len(self.counts) * 1e-7) * total
         drawn = rows[torch.randint(len(rows), (len(self.embeddings),))]
