@@ -30,7 +30,8 @@ class AutoencoderConfig(Settings):
     ``strides`` is the compression per axis; the first factor of two is a space-to-depth stem, so
     no convolution runs at full resolution. ``channels`` and the numbers of residual blocks name one value
     for each scale after the stem, the finest first. There is one latent channel for each entry of
-    ``levels``; ``codebook`` is the number of codes of the quantiser ``ema``.
+    ``levels``; ``codebook`` is the number of codes of the quantiser ``ema``. ``texture_channels`` is the
+    width of the decoder that draws texture; 0 leaves it out, and volumes stay smooth.
     """
 
     strides: Triple = (4, 4, 4)
@@ -42,6 +43,8 @@ class AutoencoderConfig(Settings):
     codebook: int = Field(512, ge=2)
     label_width: int = Field(16, ge=1)
     label_dropout: float = Field(0.1, ge=0, le=1)
+    texture_channels: int = Field(0, ge=0)
+    texture_blocks: int = Field(3, ge=1)
 
     @property
     def latent_channels(self) -> int:
@@ -78,11 +81,28 @@ class AutoencoderConfig(Settings):
         return self
 
 
+class ObjectiveConfig(Settings):
+    """Say what the denoiser learns to predict, and how errors are weighed.
+
+    ``min_snr`` caps the weight of times with little noise (``v`` and ``epsilon`` only). ``class_weight_cap``
+    lets voxels of rare classes weigh up to that much more; 1 weighs all voxels alike. With
+    ``reference_voxels``, latent volumes larger than that train at noisier times.
+    """
+
+    kind: Literal["flow", "v", "epsilon"] = "flow"
+    loss: Literal["l1", "l2"] = "l2"
+    min_snr: float | None = Field(None, gt=0)
+    class_weight_cap: float = Field(1.0, ge=1)
+    reference_voxels: int | None = Field(None, ge=1)
+
+
 class DenoiserConfig(Settings):
-    """Shape the semantic U-Net of stage 2; ``channels`` names one width for each scale.
+    """Shape the semantic U-Net of stage 2, and say what it learns; ``channels`` names one width for each scale.
 
     ``norm: voxel`` looks at one voxel at a time, so that windows with a halo equal the whole. ``attention``
-    is the number of the coarsest scales that have it.
+    is the number of the coarsest scales that have it. ``label_dropout`` is how often a whole map is hidden in
+    training, ``partial_labels`` how often some of its classes are, ``modality_dropout`` how often the
+    modality is. ``ema`` is the longest memory of the averaged weights; 0 keeps none.
     """
 
     channels: tuple[int, ...] = (32, 64)
@@ -91,8 +111,11 @@ class DenoiserConfig(Settings):
     embedding_width: int = Field(64, ge=8)
     norm: Literal["group", "voxel"] = "group"
     attention: int = Field(0, ge=0)
-    checkpointing: bool = False
     label_dropout: float = Field(0.1, ge=0, le=1)
+    partial_labels: float = Field(0.0, ge=0, le=1)
+    modality_dropout: float = Field(0.0, ge=0, le=1)
+    ema: float = Field(0.0, ge=0, lt=1)
+    objective: ObjectiveConfig = ObjectiveConfig()
 
 
 class StageConfig(Settings):
@@ -154,12 +177,21 @@ class Stage1Config(StageConfig):
     losses: Stage1Losses = Stage1Losses()
 
 
-class SamplingConfig(Settings):
-    """Say how a volume is drawn; guidance 1 means none."""
+SamplerName = Literal["euler", "heun", "ddim", "dpm++", "ancestral"]
 
-    sampler: Literal["euler", "heun"] = "heun"
+
+class SamplingConfig(Settings):
+    """Say how a volume is drawn; guidance 1 means none.
+
+    Guidance acts at times within ``guidance_interval`` (0 is data, 1 is noise). A ``shift`` above 1 takes
+    more of the steps near noise.
+    """
+
+    sampler: SamplerName = "heun"
     steps: int = Field(6, ge=1)
     guidance: float = Field(1.0, ge=0)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    shift: float = Field(1.0, gt=0)
 
 
 class Preset(Settings):

@@ -10,6 +10,7 @@ from medlsdm.config import AutoencoderConfig, Preset
 from medlsdm.models.layers import ChannelNorm, Triple, conv, depth_to_space, group_norm, space_to_depth
 from medlsdm.models.quantizers import build_quantiser
 from medlsdm.models.spade import LabelPyramid, Modulation, SpadeHead, modulate
+from medlsdm.models.texture import TextureDecoder
 
 
 class EncoderBlock(nn.Module):
@@ -81,6 +82,11 @@ class VQGAN(nn.Module):
         )
         self.out_norm = ChannelNorm()
         self.out = conv(widths[0], fold)
+        self.texture = (
+            TextureDecoder(widths[0], config.texture_channels, config.texture_blocks, config.patch)
+            if config.texture_channels
+            else None
+        )
         self.register_buffer("latents_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latents_mean_square", torch.ones(config.latent_channels))
 
@@ -94,8 +100,21 @@ class VQGAN(nn.Module):
                 h = block(h)
         return self.quantiser.bound(self.to_latents(h))
 
-    def decode(self, latents: Tensor, one_hot: Tensor) -> Tensor:
-        """Round the latents and decode them; ``one_hot`` [B, K, X, Y, Z], all zero where nothing is known."""
+    def decode(self, latents: Tensor, one_hot: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Round the latents and decode them.
+
+        Args:
+            latents: Not standardised, [B, C, x, y, z].
+            one_hot: [B, K, X, Y, Z], all zero where nothing is known.
+            noise: Standard normal, [B, 1, X, Y, Z]: draws texture from it. Without, the volume is smooth.
+        """
+        features, smooth = self.decode_features(latents, one_hot)
+        if noise is None or self.texture is None:
+            return smooth
+        return smooth + self.texture(features, smooth, noise)
+
+    def decode_features(self, latents: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the decoder's last features [B, C, X / patch, ...] and the smooth volume."""
         activations = self.labels(one_hot)
         h = self.from_latents(self.quantiser(latents))
         for scale in reversed(range(len(self.decoder))):
@@ -104,7 +123,7 @@ class VQGAN(nn.Module):
             if scale:
                 h = depth_to_space(self.grow[scale - 1](h), self.config.down[scale - 1])
         out = self.out(functional.silu(self.out_norm(h)))
-        return depth_to_space(out, self.config.patch).float()
+        return h, depth_to_space(out, self.config.patch).float()
 
     def forward(self, volumes: Tensor, one_hot: Tensor) -> Tensor:
         """Reconstruct; in training, whole label maps are dropped at random."""
