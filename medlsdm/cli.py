@@ -150,7 +150,7 @@ def evaluate(
             raise DataError(f"{what} holds no NIfTI file.", "Put .nii.gz files there.")
         groups.append([to_ras(*read_nifti(path))[0] for path in paths])
 
-    from medlsdm.evaluation.metrics import compare
+    from medlsdm.evaluation.comparison import compare
 
     _render(compare(groups[0], groups[1], kind).to_json(), json)
 

@@ -1,51 +1,22 @@
-"""How near synthetic volumes are to real ones: sharpness, spectrum, distribution, copies."""
+"""What volumes are measured by: sharpness, spectrum, distances of distributions, likeness to another volume."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from medlsdm.errors import DataError
-from medlsdm.training.patients import mirror_to, normalise
-from medlsdm.types import Modality
+from medlsdm.training.patients import mirror_to
 
 Volume = NDArray[np.float32]
 BANDS = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0])
 """Borders of the radial bands, in cycles per voxel; the last one holds the cube's corners."""
 
-SMALLEST_SET = 4
 COMPARE_GRID = (16, 16, 16)
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Hold what ``compare`` found. A ratio of 1 is best; FID is to be read against its floor.
-
-    ``fid`` uses features of a fixed random network, at equal numbers; ``fid_floor`` is that of two
-    halves of the real set, at their smaller number. ``nearest`` is each synthetic volume's greatest
-    correlation with a real one, ``nearest_real`` the same among the real ones.
-    """
-
-    real_count: int
-    synthetic_count: int
-    gradient_energy_ratio: float
-    power_ratio_by_band: tuple[float, ...]
-    fid: float
-    fid_floor: float
-    nearest_mean: float
-    nearest_max: float
-    nearest_real_mean: float
-    nearest_real_max: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
 
 def gradient_energy(volume: Volume) -> float:
@@ -102,19 +73,17 @@ def frechet_distance(first: NDArray[np.float64], second: NDArray[np.float64]) ->
     return float(max(0.0, np.sum((means[0] - means[1]) ** 2) + np.sum(one**2) + np.sum(two**2) - 2 * cross))
 
 
-def frechet_floor(reference: NDArray[np.float64], others: NDArray[np.float64], draws: int = 8) -> float:
-    """Return the Frechet distance that chance alone gives: ``reference`` against as many rows of ``others``.
-
-    Both are real. The mean over ``draws`` draws without replacement is returned.
+def mean_frechet(first: NDArray[np.float64], second: NDArray[np.float64], count: int, draws: int = 8) -> float:
+    """Return the mean Frechet distance over draws of ``count`` rows of each: comparable at equal ``count`` only.
 
     Raises:
-        DataError: There are fewer others than references.
+        DataError: A set has fewer rows.
     """
-    if len(others) < len(reference):
-        raise DataError(f"{len(others)} volumes cannot be a floor for {len(reference)}.", "Give at least as many.")
+    if min(len(first), len(second)) < count:
+        raise DataError(f"{len(first)} and {len(second)} volumes give no draws of {count}.", "Give more volumes.")
     rng = np.random.default_rng(0)
-    chosen = [rng.permutation(len(others))[: len(reference)] for _ in range(draws)]
-    return float(np.mean([frechet_distance(reference, others[rows]) for rows in chosen]))
+    drawn = [(rng.permutation(len(first))[:count], rng.permutation(len(second))[:count]) for _ in range(draws)]
+    return float(np.mean([frechet_distance(first[a], second[b]) for a, b in drawn]))
 
 
 def fingerprints(volumes: Sequence[Volume]) -> NDArray[np.float64]:
@@ -128,37 +97,3 @@ def fingerprints(volumes: Sequence[Volume]) -> NDArray[np.float64]:
         row -= row.mean()
         rows.append(row / (np.linalg.norm(row) + 1e-12))
     return np.stack(rows)
-
-
-def compare(real: Sequence[Volume], synthetic: Sequence[Volume], modality: Modality) -> Comparison:
-    """Compare a set of synthetic volumes with a set of real ones, in scan units.
-
-    Raises:
-        DataError: Fewer than four volumes in a set, or a volume that cannot be normalised.
-    """
-    if min(len(real), len(synthetic)) < SMALLEST_SET:
-        raise DataError(
-            f"There are {len(real)} real and {len(synthetic)} synthetic volumes.", f"Give at least {SMALLEST_SET} each."
-        )
-    reals, fakes = ([normalise(v, modality) for v in group] for group in (real, synthetic))
-    powers = [np.mean([band_power(v) for v in group], axis=0) for group in (fakes, reals)]
-    energies = [np.mean([gradient_energy(v) for v in group]) for group in (fakes, reals)]
-    real_features, fake_features = random_features(reals), random_features(fakes)
-    order = np.random.default_rng(0).permutation(len(reals))
-    half, equal = len(reals) // 2, min(len(reals), len(fakes))
-    real_prints = fingerprints(reals)
-    nearest = (fingerprints(fakes) @ real_prints.T).max(axis=1)
-    among = real_prints @ real_prints.T
-    np.fill_diagonal(among, -1)
-    return Comparison(
-        real_count=len(reals),
-        synthetic_count=len(fakes),
-        gradient_energy_ratio=float(energies[0] / energies[1]),
-        power_ratio_by_band=tuple(float(r) for r in powers[0] / np.maximum(powers[1], 1e-12)),
-        fid=frechet_distance(real_features[order[:equal]], fake_features[:equal]),
-        fid_floor=frechet_distance(real_features[order[:half]], real_features[order[half : 2 * half]]),
-        nearest_mean=float(nearest.mean()),
-        nearest_max=float(nearest.max()),
-        nearest_real_mean=float(among.max(axis=1).mean()),
-        nearest_real_max=float(among.max()),
-    )

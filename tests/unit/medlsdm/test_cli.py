@@ -133,7 +133,7 @@ def test_synthesise_refuses_a_folder_that_is_not_empty(capsys, monkeypatch, fold
 def test_evaluate_needs_enough_volumes(capsys, monkeypatch, folder):
     status, _, err = run(capsys, monkeypatch, "evaluate", "--real", folder / "images", "--synthetic", folder / "images")
     assert status == 3
-    assert "at least 4" in err
+    assert "at least 5" in err
 
 
 def test_help_is_quick():

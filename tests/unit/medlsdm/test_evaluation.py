@@ -8,7 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from medlsdm.errors import DataError
 from medlsdm.evaluation.matched_noise import MatchedNoise
-from medlsdm.evaluation.metrics import band_power, frechet_distance, frechet_floor
+from medlsdm.evaluation.metrics import band_power, mean_frechet
 from medlsdm.evaluation.segmenter import (
     Budget,
     Segmenter,
@@ -84,12 +84,13 @@ def test_copies_in_place_cannot_be_told_apart():
     assert told_apart(volumes, volumes).auc == pytest.approx(0.5)
 
 
-def test_frechet_floor_needs_enough_real_volumes_and_is_small_for_equal_sets():
+def test_mean_frechet_is_small_for_equal_sets_and_needs_enough_rows():
     rng = np.random.default_rng(0)
     reference, others = rng.standard_normal((30, 4)), rng.standard_normal((90, 4))
-    assert frechet_floor(reference, others) < 0.2 * frechet_distance(reference, others[:30] + 2)
-    with pytest.raises(DataError, match="floor"):
-        frechet_floor(others, reference)
+    assert mean_frechet(reference, others, 30) < 0.2 * mean_frechet(reference, others + 2, 30)
+    assert mean_frechet(reference, others, 30) < mean_frechet(reference, others, 10)
+    with pytest.raises(DataError, match="draws of 31"):
+        mean_frechet(reference, others, 31)
 
 
 def test_matched_noise_restores_spectrum_and_spread():

@@ -5,7 +5,8 @@ import pytest
 from scipy import linalg, ndimage
 
 from medlsdm.errors import DataError
-from medlsdm.evaluation.metrics import band_power, compare, fingerprints, frechet_distance
+from medlsdm.evaluation.comparison import compare
+from medlsdm.evaluation.metrics import band_power, fingerprints, frechet_distance
 from medlsdm.types import Modality
 
 
@@ -38,11 +39,12 @@ def test_blur_shows_in_sharpness_spectrum_and_fid():
     assert blurred.gradient_energy_ratio < 0.8
     assert blurred.power_ratio_by_band[3] < 0.5 < good.power_ratio_by_band[3]
     assert blurred.fid > 1.5 * good.fid
+    assert good.fid_count == 4
 
 
 def test_a_copy_is_the_nearest_neighbour():
     real = volumes(0)
-    found = compare(real, [*volumes(1)[:3], real[4] * 3 + 5], Modality.MR)
+    found = compare(real, [*volumes(1)[:4], real[4] * 3 + 5], Modality.MR)
     assert found.nearest_max > 0.99
     assert found.nearest_real_max < 0.7
 
