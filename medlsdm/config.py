@@ -147,27 +147,27 @@ class AdversarialConfig(Settings):
     ``limit``. ``slices`` is how many slices across each axis the 2D discriminators see in a step.
     """
 
-    weight: float = Field(0.0, ge=0)
-    feature_matching: float = Field(0.0, ge=0)
-    r1: float = Field(0.0, ge=0)
-    start: float = Field(0.25, ge=0, le=1)
-    warmup: int = Field(100, ge=0)
-    limit: float = Field(10.0, gt=0)
-    discriminators: tuple[Literal["2d", "3d"], ...] = Field(("2d", "3d"), min_length=1)
-    channels: int = Field(16, ge=4)
-    slices: int = Field(2, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    weight: float = Field(default=0.0, ge=0)
+    feature_matching: float = Field(default=0.0, ge=0)
+    r1: float = Field(default=0.0, ge=0)
+    start: float = Field(default=0.25, ge=0, le=1)
+    warmup: int = Field(default=100, ge=0)
+    limit: float = Field(default=10.0, gt=0)
+    discriminators: tuple[Literal["2d", "3d"], ...] = Field(default=("2d", "3d"), min_length=1)
+    channels: int = Field(default=16, ge=4)
+    slices: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
 
 
 class Stage1Losses(Settings):
     """Weigh the losses of stage 1; 0 switches one off. ``commitment`` counts with the quantiser ``ema`` only."""
 
-    l1: float = Field(1.0, ge=0)
-    mse: float = Field(0.0, ge=0)
-    gradient: float = Field(0.5, ge=0)
-    ssim: float = Field(0.0, ge=0)
-    perceptual: float = Field(0.0, ge=0)
-    commitment: float = Field(0.25, ge=0)
+    l1: float = Field(default=1.0, ge=0)
+    mse: float = Field(default=0.0, ge=0)
+    gradient: float = Field(default=0.5, ge=0)
+    ssim: float = Field(default=0.0, ge=0)
+    perceptual: float = Field(default=0.0, ge=0)
+    commitment: float = Field(default=0.25, ge=0)
     adversarial: AdversarialConfig = AdversarialConfig()
 
 
@@ -195,19 +195,23 @@ class SamplingConfig(Settings):
 
 
 class Preset(Settings):
-    """Hold everything that shapes and trains a model. ``window`` is the largest training crop."""
+    """Hold everything that shapes and trains a model. ``window`` is the largest training crop.
+
+    ``texture`` trains the autoencoder's texture decoder between both stages, where it has one.
+    """
 
     name: str
     window: Triple
     autoencoder: AutoencoderConfig
     denoiser: DenoiserConfig
     stage1: Stage1Config
+    texture: StageConfig = StageConfig(steps=0)
     stage2: StageConfig
     sampling: SamplingConfig
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        for size in (self.window, self.stage1.crop or self.window):
+        for size in (self.window, *(stage.crop for stage in self._stages.values() if stage.crop)):
             if any(n % s for n, s in zip(size, self.autoencoder.strides, strict=True)):
                 raise ValueError(f"window or crop {size} is no multiple of strides {self.autoencoder.strides}")
         return self

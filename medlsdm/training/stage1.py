@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from medlsdm.config import StageConfig
+from medlsdm.config import Stage1Config
+from medlsdm.models.perceptual import FeatureNetwork, random_features
 from medlsdm.models.spade import one_hot
 from medlsdm.models.vqgan import VQGAN
+from medlsdm.training.adversary import Adversary
 from medlsdm.training.loop import Report, autocast, device_of, fit
+from medlsdm.training.losses import hide_padding, reconstruction_loss
 from medlsdm.training.patients import Batch, TrainingSet
 
-GRADIENT_WEIGHT = 0.5
 STATISTICS_PATIENTS = 64
-
-
-def reconstruction_loss(rebuilt: Tensor, volumes: Tensor, mask: Tensor) -> Tensor:
-    """Return L1 plus the L1 difference of neighbouring voxels' steps, both where ``mask`` is 1."""
-    error = rebuilt - volumes
-    loss = (error.abs() * mask).sum() / mask.sum()
-    for axis in (2, 3, 4):
-        # The difference of gradients is the gradient of the difference.
-        steps = error.diff(dim=axis).abs()
-        both = mask.narrow(axis, 1, mask.shape[axis] - 1)
-        loss = loss + GRADIENT_WEIGHT / 3 * (steps * both).sum() / both.sum().clamp_min(1)
-    return loss
 
 
 def train_stage1(
     model: VQGAN,
     data: TrainingSet,
-    stage: StageConfig,
+    stage: Stage1Config,
     *,
     steps: int,
     first_step: int = 0,
@@ -39,31 +31,45 @@ def train_stage1(
     seed: int,
     progress: Report | None = None,
     optimiser: torch.optim.Optimizer | None = None,
+    adversary: Adversary | None = None,
+    features: FeatureNetwork | None = None,
 ) -> float:
     """Train the autoencoder for a slice of one schedule, then measure the latent statistics.
 
     Args:
         model: Trained in place.
         data: The site's patients.
-        stage: Rates and batch size.
+        stage: Rates, batch size and the losses' weights.
         steps: How many steps to take now.
         first_step: Where this slice begins in the schedule.
         total_steps: How long the whole schedule is; by default it ends with this slice.
         seed: Makes the training repeatable.
         progress: Called after every step.
         optimiser: Kept between slices on one machine; a fresh one otherwise.
+        adversary: Discriminators that train beside the model, kept between slices; none otherwise.
+        features: What the perceptual loss looks with; fixed random convolutions otherwise.
 
     Returns:
         The mean loss of the last quarter of the steps.
     """
-    device = device_of(model)
+    device, total = device_of(model), total_steps or first_step + steps
+    if stage.losses.perceptual:
+        features = (features or random_features()).to(device)
+    numbers = count(first_step)
 
     def step_loss(rng: np.random.Generator) -> Tensor:
         batch = data.crops(rng.integers(len(data), size=stage.batch), rng, stage.crop)
         volumes, labels, mask = on_device(batch, model.n_classes, device)
         with autocast(device):
             rebuilt = model(volumes, labels)
-        return reconstruction_loss(rebuilt, volumes, mask)
+        loss = reconstruction_loss(rebuilt, volumes, mask, stage.losses, features)
+        commitment = model.quantiser.take_commitment()
+        if commitment is not None:
+            loss = loss + stage.losses.commitment * commitment
+        if adversary is not None:
+            shown = hide_padding(rebuilt, volumes, mask)
+            loss = loss + adversary.push(shown, volumes, loss, model.out.weight, step=next(numbers), total=total)
+        return loss
 
     loss = fit(
         model, step_loss, stage, "stage 1", steps=steps, first_step=first_step,
