@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Triple = tuple[int, int, int]
 
@@ -25,12 +26,38 @@ def depth_to_space(x: Tensor, factor: Triple) -> Tensor:
 
 
 class ChannelNorm(nn.Module):
-    """Normalise each voxel by the root mean square of its channels, so that tiles equal the whole."""
+    """Normalise each voxel by the root mean square of its channels, so that tiles equal the whole.
+
+    With ``affine`` channels, each is scaled and shifted by what is learnt.
+    """
+
+    def __init__(self, affine: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(affine)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(affine)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with unit root mean square over the channels."""
+        """Return ``x`` with unit root mean square over the channels, then scaled and shifted."""
         power = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        return x * (x.shape[1] ** 0.5 / (power + 1e-4)).to(x.dtype)
+        x = x * (x.shape[1] ** 0.5 / (power + 1e-4)).to(x.dtype)
+        if self.weight is None or self.bias is None:
+            return x
+        weight, bias = (p.to(x.dtype).view(1, -1, 1, 1, 1) for p in (self.weight, self.bias))
+        return torch.addcmul(bias, x, weight)
+
+
+class ResidualBlock(nn.Module):
+    """Add what two convolutions find; normalised voxel by voxel, so that tiles equal the whole."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` plus the residual."""
+        h = self.conv1(functional.silu(self.norm1(x)))
+        return x + self.conv2(functional.silu(self.norm2(h)))
 
 
 def group_norm(channels: int, *, affine: bool = True) -> nn.GroupNorm:

@@ -11,22 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medlsdm.models.layers import ChannelNorm, Triple, conv, depth_to_space, space_to_depth
-
-
-class TextureBlock(nn.Module):
-    """Add what two convolutions find; per-voxel norms, so that tiles equal the whole."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = ChannelNorm()
-        self.scale1, self.scale2 = (nn.Conv3d(channels, channels, 1, groups=channels) for _ in range(2))
-        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels, zero=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus the residual."""
-        h = self.conv1(functional.silu(self.scale1(self.norm(x))))
-        return x + self.conv2(functional.silu(self.scale2(self.norm(h))))
+from medlsdm.models.layers import ChannelNorm, ResidualBlock, Triple, conv, depth_to_space, space_to_depth
 
 
 class TextureDecoder(nn.Module):
@@ -45,7 +30,7 @@ class TextureDecoder(nn.Module):
         fold = patch[0] * patch[1] * patch[2]
         self.norm = ChannelNorm()
         self.stem = conv(2 * fold + features, channels)
-        self.blocks = nn.ModuleList(TextureBlock(channels) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(blocks))
         self.out = conv(channels, fold)
         with torch.no_grad():
             self.out.weight.mul_(0.1)

@@ -7,24 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medlsdm.config import AutoencoderConfig, Preset
-from medlsdm.models.layers import ChannelNorm, Triple, conv, depth_to_space, group_norm, space_to_depth
+from medlsdm.models.layers import ChannelNorm, ResidualBlock, Triple, conv, depth_to_space, space_to_depth
 from medlsdm.models.quantizers import build_quantiser
 from medlsdm.models.spade import LabelPyramid, Modulation, SpadeHead, modulate
 from medlsdm.models.texture import TextureDecoder
-
-
-class EncoderBlock(nn.Module):
-    """Add what two normalised convolutions find."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = group_norm(channels), group_norm(channels)
-        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels, zero=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus the residual."""
-        h = self.conv1(functional.silu(self.norm1(x)))
-        return x + self.conv2(functional.silu(self.norm2(h)))
 
 
 class DecoderBlock(nn.Module):
@@ -64,12 +50,13 @@ class VQGAN(nn.Module):
         widths, down = config.channels, config.down
         self.stem = conv(fold, widths[0])
         self.encoder = nn.ModuleList(
-            nn.ModuleList(EncoderBlock(w) for _ in range(n)) for w, n in zip(widths, config.encoder_blocks, strict=True)
+            nn.ModuleList(ResidualBlock(w) for _ in range(n))
+            for w, n in zip(widths, config.encoder_blocks, strict=True)
         )
         self.shrink = nn.ModuleList(
             nn.Conv3d(a * d[0] * d[1] * d[2], b, 1) for a, b, d in zip(widths, widths[1:], down, strict=False)
         )
-        self.to_latents = nn.Sequential(group_norm(widths[-1]), nn.SiLU(), conv(widths[-1], config.latent_channels))
+        self.to_latents = nn.Sequential(ChannelNorm(widths[-1]), nn.SiLU(), conv(widths[-1], config.latent_channels))
         self.quantiser = build_quantiser(config)
         self.from_latents = conv(config.latent_channels, widths[-1])
         self.labels = LabelPyramid(n_classes, config.label_width, _scales(config))

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medlsdm.config import StageConfig
+from medlsdm.config import Preset, StageConfig
 from medlsdm.errors import ConfigError
 from medlsdm.models.vqgan import VQGAN
 from medlsdm.training.loop import Report, autocast, device_of, fit
 from medlsdm.training.patients import TrainingSet
-from medlsdm.training.stage1 import on_device
+from medlsdm.training.stage1 import on_device, train_stage1
 
 FILTERS = 32
 GROUP = 4
@@ -157,3 +157,37 @@ def train_texture(
         texture, step_loss, stage, "texture", steps=steps, first_step=first_step,
         total_steps=total_steps, seed=seed, progress=progress, optimiser=optimiser,
     )  # fmt: skip
+
+
+def train_first_stage(
+    model: VQGAN,
+    data: TrainingSet,
+    preset: Preset,
+    *,
+    steps: int,
+    first_step: int,
+    total_steps: int,
+    seed: int,
+    progress: Report | None = None,
+) -> float:
+    """Train a slice of one schedule that holds the autoencoder and then its texture decoder, as rounds do.
+
+    The schedule is shared out as the preset's steps are. Returns the mean loss of what was trained last.
+    """
+    whole = preset.stage1.steps + preset.texture.steps
+    texture_steps = round(total_steps * preset.texture.steps / whole) if whole and model.texture is not None else 0
+    border = total_steps - texture_steps
+    loss = float("nan")
+    if first_step < border:
+        now = min(steps, border - first_step)
+        loss = train_stage1(
+            model, data, preset.stage1, steps=now, first_step=first_step, total_steps=border, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        first_step, steps = first_step + now, steps - now
+    if steps:
+        loss = train_texture(
+            model, data, preset.texture, steps=steps, first_step=first_step - border, total_steps=texture_steps,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+    return loss

@@ -91,13 +91,13 @@ def _unload(module: Any) -> Arrays:
 
 def _stage1(home: NodeHome, vault: Vault, plan: RoundPlan, arrays: Arrays) -> tuple[Arrays, float]:
     from medlsdm.models.vqgan import build_autoencoder
-    from medlsdm.training.stage1 import train_stage1
+    from medlsdm.training.texture import train_first_stage
 
     preset = _preset(plan)
     model = build_autoencoder(preset, len(vault.schema.ids))
     _load(model, arrays)
-    loss = train_stage1(
-        model, _data(vault, preset), preset.stage1, steps=plan.steps, first_step=plan.first_step,
+    loss = train_first_stage(
+        model, _data(vault, preset), preset, steps=plan.steps, first_step=plan.first_step,
         total_steps=plan.total_steps, seed=plan.seed, progress=_reporter(home, plan),
     )  # fmt: skip
     return _unload(model), loss
