@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from medlsdm.config import Preset, Triple
-from medlsdm.errors import DataError, GeometryError, SchemaError
+from medlsdm.config import Preset, Spacing, Triple
+from medlsdm.errors import ConfigError, DataError, GeometryError, SchemaError
+from medlsdm.training.augment import Strength, vary
+from medlsdm.training.intensity import CT_WINDOW, RELATIVE_SCALE, Intensity, denormalise, normalise
 from medlsdm.types import Geometry, LabelSchema, Modality, Scan, SemanticMap
 from medlsdm.volumes import to_ras
 
-CT_WINDOW = (-1024.0, 1650.0)
-"""HU that become -1 and 1."""
-
-RELATIVE_SCALE = (0.0, 1000.0)
-"""What -1 and 1 become in synthetic MR and PET, whose real scales mean nothing across scanners."""
+__all__ = [
+    "CT_WINDOW",
+    "RELATIVE_SCALE",
+    "Batch",
+    "Patient",
+    "TrainingSet",
+    "class_indices",
+    "denormalise",
+    "mirror_to",
+    "normalise",
+    "prepare",
+    "round_up",
+    "spacing_of",
+    "split_patients",
+    "typical_spacing",
+]
 
 SMALLEST_AXIS = 4
-
-
-def normalise(array: NDArray[Any], modality: Modality) -> NDArray[np.float32]:
-    """Bring a scan to -1..1: CT by a fixed window, MR and PET by robust percentiles of the volume.
-
-    Raises:
-        DataError: The volume is constant or holds values that are not finite.
-    """
-    values = np.asarray(array, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise DataError("A scan holds values that are not finite.", "Check the source series.")
-    if values.min() == values.max():
-        raise DataError("A scan has one value everywhere.", "Remove it, or check how it was converted.")
-    low, high = CT_WINDOW
-    if modality is not Modality.CT:
-        low, high = np.percentile(values, (0.5, 99.5))
-        if high <= low:
-            low, high = values.min(), values.max()
-    return np.clip((values - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32)
-
-
-def denormalise(array: NDArray[np.float32], modality: Modality) -> NDArray[np.float32]:
-    """Bring -1..1 back: to HU for CT, to 0..1000 for MR and PET."""
-    low, high = CT_WINDOW if modality is Modality.CT else RELATIVE_SCALE
-    return ((np.clip(array, -1, 1).astype(np.float64) + 1) / 2 * (high - low) + low).astype(np.float32)
 
 
 def class_indices(labels: SemanticMap) -> NDArray[Any]:
@@ -67,13 +58,14 @@ def round_up(shape: Sequence[int], multiples: Triple) -> Triple:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Patient:
-    """Hold one pair, in RAS: image in -1..1, class indices, spacing in mm."""
+    """Hold one pair, in RAS: image in -1..1, class indices, spacing in mm, and how the image came to -1..1."""
 
     image: NDArray[np.float32]
     labels: NDArray[Any]
     spacing: tuple[float, float, float]
     modality: Modality
     subject: str
+    intensity: Intensity
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -89,12 +81,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class TrainingSet:
-    """Hold a site's patients, ready to train on. ``window`` is the crop that every batch has."""
+    """Hold a site's patients, ready to train on.
+
+    ``window`` is the crop that every batch has; ``augment`` says how much random crops are varied.
+    """
 
     patients: tuple[Patient, ...]
     schema: LabelSchema
     window: Triple
     strides: Triple
+    augment: Strength = "none"
 
     def __len__(self) -> int:
         return len(self.patients)
@@ -123,6 +119,8 @@ class TrainingSet:
         image, labels = patient.image[cut], patient.labels[cut]
         if rng is not None and rng.random() < 0.5:
             image, labels = image[::-1], labels[::-1]
+        if rng is not None and self.augment != "none":
+            image, labels = vary(image, labels, patient.spacing, patient.modality, self.augment, rng)
         mask = np.zeros(size, dtype=np.float32)
         mask[tuple(slice(n) for n in image.shape)] = 1
         return mirror_to(image, size), mirror_to(labels, size), mask
@@ -151,6 +149,45 @@ def prepare(pairs: Iterable[tuple[Scan, SemanticMap]], preset: Preset) -> Traini
     return TrainingSet(tuple(patients), schema, (x, y, z), strides)
 
 
+def typical_spacing(geometries: Iterable[Geometry]) -> Spacing:
+    """Return the median voxel size along R, A and S, in mm."""
+    spacings = []
+    for geometry in geometries:
+        axes = nib.orientations.io_orientation(geometry.affine)[:, 0].astype(int)
+        spacings.append(np.array(geometry.spacing)[np.argsort(axes)])
+    x, y, z = np.median(spacings, axis=0).tolist()
+    return x, y, z
+
+
+def split_patients(data: TrainingSet, hold_out: float) -> tuple[TrainingSet, TrainingSet | None]:
+    """Return the patients to train on and those held out: whole patients, always the same ones.
+
+    Scans of one subject stay together: equal names, and names that begin with the same ``sub-...``.
+
+    Raises:
+        DataError: Fewer than two subjects would be left to train on.
+    """
+    if not 0 <= hold_out < 1:
+        raise ConfigError(f"Holding out a share of {hold_out:g} makes no sense.", "Give a number from 0 to below 1.")
+    if hold_out == 0:
+        return data, None
+    groups = sorted({_group(p.subject) for p in data.patients}, key=lambda g: hashlib.sha256(g.encode()).hexdigest())
+    count = max(1, round(hold_out * len(groups)))
+    if len(groups) - count < 2:
+        raise DataError(
+            f"Of {len(groups)} patients, {len(groups) - count} would be left to train on.", "Lower --hold-out."
+        )
+    held = set(groups[:count])
+    parts = ([p for p in data.patients if (_group(p.subject) in held) == wanted] for wanted in (False, True))
+    training, held_out = (replace(data, patients=tuple(part)) for part in parts)
+    return training, held_out
+
+
+def _group(subject: str) -> str:
+    found = re.match(r"sub-[A-Za-z0-9]+", subject)
+    return found.group() if found else subject
+
+
 def _patient(scan: Scan, labels: SemanticMap) -> Patient:
     if not scan.geometry.matches(labels.geometry):
         raise GeometryError(
@@ -162,11 +199,11 @@ def _patient(scan: Scan, labels: SemanticMap) -> Patient:
             f"A scan of shape {scan.geometry.shape} is too thin for 3D training.",
             f"Each axis needs at least {SMALLEST_AXIS} voxels.",
         )
-    image, geometry = to_ras(normalise(scan.array, scan.modality), scan.geometry)
+    intensity = Intensity.of(scan.array, scan.modality)
+    image, geometry = to_ras(intensity.apply(scan.array), scan.geometry)
     indices, _ = to_ras(class_indices(labels), labels.geometry)
-    return Patient(
-        np.ascontiguousarray(image), np.ascontiguousarray(indices), geometry.spacing, scan.modality, scan.subject
-    )
+    arrays = np.ascontiguousarray(image), np.ascontiguousarray(indices)
+    return Patient(*arrays, geometry.spacing, scan.modality, scan.subject, intensity)
 
 
 def spacing_of(geometry: Geometry) -> NDArray[np.float32]:

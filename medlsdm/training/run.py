@@ -1,164 +1,201 @@
-"""Training on one machine: both stages, a checkpoint after each, and going on where it stopped."""
+"""Training on one machine: the phases in turn, a checkpoint after each slice, and going on where it stopped."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import distributed
 
-from medlsdm.checkpoints import load_checkpoint, save_checkpoint
-from medlsdm.checks import write_atomic
-from medlsdm.config import Preset
-from medlsdm.errors import ConfigError, IntegrityError
+from medlsdm.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from medlsdm.config import Preset, StageConfig
+from medlsdm.errors import ConfigError, SchemaError
 from medlsdm.model_card import ModelCard
 from medlsdm.models.unet import SemanticUNet, build_denoiser
 from medlsdm.models.vqgan import VQGAN, build_autoencoder
+from medlsdm.training.devices import memory_advice, rank_and_size
+from medlsdm.training.logs import TrainingLog
 from medlsdm.training.loop import Progress, Report, make_optimiser
-from medlsdm.training.patients import TrainingSet
+from medlsdm.training.patients import TrainingSet, split_patients
 from medlsdm.training.stage1 import train_stage1
-from medlsdm.training.stage2 import encode_latents, train_stage2
+from medlsdm.training.stage2 import LatentSet, encode_latents, train_stage2
+from medlsdm.training.state import Stateful, read_state, write_state
 
 RESUME = "resume.safetensors"
-LOSSES = "losses.csv"
+STAGE1, STAGE2 = "stage 1", "stage 2"
 
 
-@dataclass(slots=True)
-class Position:
-    """Say how many steps of each stage are done."""
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Hold one part of a run: its name, its settings, and what trains ``steps`` steps from ``first_step`` on."""
 
-    stage1: int = 0
-    stage2: int = 0
+    name: str
+    stage: StageConfig
+    train: Callable[[int, int], float]
+
+    def slices(self, done: int) -> list[tuple[int, int]]:
+        """Return (first step, steps) of each slice between saves that is still to do."""
+        total, every = self.stage.steps, self.stage.save_every
+        if done >= total:
+            return []
+        marks = [done, *range((done // every + 1) * every, total, every), total]
+        return [(a, b - a) for a, b in itertools.pairwise(marks)]
 
 
 class TrainingRun:
-    """Train a preset on one data set into a folder; running again goes on from the last save.
+    """Train a preset on one data set into a folder; running again goes on from the last save, bit for bit.
+
+    ``parts`` names everything with a state that later steps depend on (weights, optimisers, averages,
+    discriminators); ``phases`` are trained in turn. A new phase adds to both.
 
     Args:
-        folder: Receives checkpoint, losses and the state to resume from.
+        folder: Receives checkpoint, logs, pictures and the state to resume from.
         preset: Resolved settings.
         data: The patients.
         seed: Makes the run repeatable.
         progress: Called after every step.
+        device: Where to train.
+        start: Whose weights to begin with, for fine-tuning.
+        hold_out: The share of patients that is never trained on, to measure with.
+
+    Raises:
+        ConfigError: The folder holds another run, or ``start`` is of another architecture.
+        SchemaError: ``start`` is under another label schema.
+        IntegrityError: The state to resume from is damaged.
     """
 
     def __init__(
-        self, folder: Path, preset: Preset, data: TrainingSet, *, seed: int, progress: Report | None = None
+        self,
+        folder: Path,
+        preset: Preset,
+        data: TrainingSet,
+        *,
+        seed: int,
+        progress: Report | None = None,
+        device: torch.device | str = "cpu",
+        start: Checkpoint | None = None,
+        hold_out: float = 0.0,
     ) -> None:
-        self.folder, self.preset, self.data, self.seed = folder, preset, data, seed
-        self._report = progress
-        self._rows: list[Progress] = []
-        self.position = Position()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.autoencoder: VQGAN = build_autoencoder(preset, len(data.schema.classes))
-            self.denoiser: SemanticUNet = build_denoiser(preset, len(data.schema.classes))
+        self.folder, self.preset, self.seed, self.start = folder, preset, seed, start
+        self.data, self.held_out = split_patients(data, hold_out)
+        self.device = torch.device(device)
+        self._report, self._log = progress, None
+        self.autoencoder, self.denoiser = self._build()
         self._optimisers = {
-            "stage1": make_optimiser(self.autoencoder, preset.stage1),
-            "stage2": make_optimiser(self.denoiser, preset.stage2),
+            STAGE1: make_optimiser(self.autoencoder, preset.stage1),
+            STAGE2: make_optimiser(self.denoiser, preset.stage2),
         }
+        self.parts: dict[str, Stateful] = {
+            "autoencoder": self.autoencoder,
+            "denoiser": self.denoiser,
+            **{f"optimiser of {name}": optimiser for name, optimiser in self._optimisers.items()},
+        }
+        self.phases = [
+            Phase(STAGE1, preset.stage1, self._train_stage1),
+            Phase(STAGE2, preset.stage2, self._train_stage2),
+        ]
+        self.position = {phase.name: 0 for phase in self.phases}
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / RESUME).is_file():
             self._resume()
 
     def train(self) -> ModelCard:
-        """Train what is left of both stages and return the card of the final checkpoint."""
-        for now, steps in self._slices(self.preset.stage1.steps, self.preset.stage1.save_every, "stage1"):
-            train_stage1(
-                self.autoencoder, self.data, self.preset.stage1, steps=steps, first_step=now,
-                total_steps=self.preset.stage1.steps, seed=self.seed, progress=self._note,
-                optimiser=self._optimisers["stage1"],
-            )  # fmt: skip
-            self.position.stage1 = now + steps
-            self._save()
-        left = self._slices(self.preset.stage2.steps, self.preset.stage2.save_every, "stage2")
-        latents = encode_latents(self.autoencoder, self.data, seed=self.seed) if left else None
-        for now, steps in left:
-            assert latents is not None
-            train_stage2(
-                self.denoiser, latents, self.preset.stage2, steps=steps, first_step=now,
-                total_steps=self.preset.stage2.steps, seed=self.seed + 1, progress=self._note,
-                optimiser=self._optimisers["stage2"],
-            )  # fmt: skip
-            self.position.stage2 = now + steps
-            self._save()
+        """Train what is left of every phase and return the card of the final checkpoint."""
+        for phase in self.phases:
+            for first, steps in phase.slices(self.position[phase.name]):
+                phase.train(first, steps)
+                self.position[phase.name] = first + steps
+                self._save()
+        if self._log is not None:
+            self._log.close()
         return load_checkpoint(self.folder).card
 
-    def _slices(self, total: int, every: int, stage: str) -> list[tuple[int, int]]:
-        """Return (first step, steps) of each slice between saves that is still to do."""
-        done = getattr(self.position, stage)
-        return [(now, min(every - now % every, total - now)) for now in _marks(done, total, every)]
+    def _build(self) -> tuple[VQGAN, SemanticUNet]:
+        """Return both networks: fresh ones by the seed, or with the weights of ``start``."""
+        classes = len(self.data.schema.classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            autoencoder, denoiser = build_autoencoder(self.preset, classes), build_denoiser(self.preset, classes)
+        if self.start is not None:
+            check_start(self.start, self.preset, self.data)
+            autoencoder = self.start.build_autoencoder()
+            denoiser = self.start.build_denoiser() if self.start.denoiser is not None else denoiser
+        with memory_advice("loading the model", "Take a smaller preset, or a machine with more memory."):
+            return autoencoder.to(self.device), denoiser.to(self.device)
+
+    def _train_stage1(self, first_step: int, steps: int) -> float:
+        return train_stage1(
+            self.autoencoder, self._augmented(self.preset.stage1), self.preset.stage1, steps=steps,
+            first_step=first_step, total_steps=self.preset.stage1.steps, seed=self.seed, progress=self._note,
+            optimiser=self._optimisers[STAGE1],
+        )  # fmt: skip
+
+    def _train_stage2(self, first_step: int, steps: int) -> float:
+        return train_stage2(
+            self.denoiser, self._latents, self.preset.stage2, steps=steps, first_step=first_step,
+            total_steps=self.preset.stage2.steps, seed=self.seed + 1, progress=self._note,
+            optimiser=self._optimisers[STAGE2],
+        )  # fmt: skip
+
+    def _augmented(self, stage: StageConfig) -> TrainingSet:
+        return replace(self.data, augment=stage.augment)
+
+    @cached_property
+    def _latents(self) -> LatentSet:
+        """Encode the patients once, when stage 1 is done."""
+        with memory_advice("encoding the scans", "Choose a smaller window in the preset, or use less data."):
+            return encode_latents(self.autoencoder, self._augmented(self.preset.stage2), seed=self.seed)
+
+    @property
+    def log(self) -> TrainingLog:
+        """Return the run's log, opened on first use."""
+        if self._log is None:
+            totals = {phase.name: phase.stage.steps for phase in self.phases}
+            self._log = TrainingLog(self.folder, self.position, totals)
+        return self._log
 
     def _note(self, progress: Progress) -> None:
-        self._rows.append(progress)
-        if self._report is not None:
-            self._report(progress)
+        if rank_and_size()[0] == 0:
+            self.log.note(progress)
+            if self._report is not None:
+                self._report(progress)
 
     @property
     def _identity(self) -> str:
         """Return a digest of what must be equal for a run to go on."""
-        subjects = [patient.subject for patient in self.data.patients]
-        text = json.dumps([self.preset.digest, self.data.schema.digest, self.seed, subjects])
+        sets = [[p.subject for p in part.patients] if part else [] for part in (self.data, self.held_out)]
+        start = self.start.card.digest if self.start else None
+        text = json.dumps([self.preset.digest, self.data.schema.digest, self.seed, sets, start, rank_and_size()[1]])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _parts(self) -> dict[str, nn.Module]:
-        return {"autoencoder": self.autoencoder, "denoiser": self.denoiser}
-
     def _save(self) -> None:
-        """Write weights, optimiser state, losses and a checkpoint."""
-        tensors: dict[str, Tensor] = {}
-        for name, part in self._parts().items():
-            tensors |= {f"{name}/{key}": value for key, value in part.state_dict().items()}
-        for name, optimiser in self._optimisers.items():
-            for index, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"{name}/{index}/{key}": value for key, value in state.items()}
-        meta = {"run": self._identity, "stage1": str(self.position.stage1), "stage2": str(self.position.stage2)}
-        content = save_tensors({key: value.contiguous() for key, value in tensors.items()}, metadata=meta)
-        write_atomic(self.folder / RESUME, content)
-        self._write_losses()
-        self._checkpoint()
+        """Write logs, checkpoint and, last, the state to resume from: a kill in between repeats the slice."""
+        if rank_and_size()[0] == 0:
+            self.log.flush()
+            self._checkpoint()
+            write_state(self.folder / RESUME, self.parts, {"run": self._identity, "position": self.position})
+        if rank_and_size()[1] > 1:
+            distributed.barrier()
 
     def _resume(self) -> None:
-        try:
-            with safe_open(self.folder / RESUME, framework="pt") as stream:
-                meta = stream.metadata() or {}
-                tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise IntegrityError(
-                f"{RESUME} cannot be read, so the run cannot go on.", "Delete the run's folder and start again."
-            ) from error
-        if meta.get("run") != self._identity:
+        notes, states = read_state(self.folder / RESUME)
+        if notes.get("run") != self._identity or states.keys() != self.parts.keys():
             raise ConfigError(
                 "The output folder holds a run with other data, preset, labels or seed.",
                 "Give another --out, or the same settings to go on.",
             )
-        self.position = Position(int(meta["stage1"]), int(meta["stage2"]))
-        for name, part in self._parts().items():
-            part.load_state_dict({k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")})
-        for name, optimiser in self._optimisers.items():
-            states: dict[int, dict[str, Tensor]] = {}
-            for key in (k for k in tensors if k.startswith(f"{name}/")):
-                _, index, field = key.split("/")
-                states.setdefault(int(index), {})[field] = tensors[key]
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
-
-    def _write_losses(self) -> None:
-        path = self.folder / LOSSES
-        fresh = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            if fresh:
-                writer.writerow(["stage", "step", "loss"])
-            writer.writerows((row.stage, row.step, f"{row.loss:.6f}") for row in self._rows)
-        self._rows.clear()
+        self.position.update(notes["position"])
+        for name, part in self.parts.items():
+            part.load_state_dict(states[name])
 
     def _checkpoint(self) -> ModelCard:
+        held = f", {len(self.held_out)} more held out" if self.held_out else ""
         return save_checkpoint(
             self.folder,
             preset=self.preset,
@@ -166,12 +203,28 @@ class TrainingRun:
             schema=self.data.schema,
             modalities=sorted({p.modality for p in self.data.patients}),
             autoencoder=self.autoencoder.state_dict(),
-            denoiser=self.denoiser.state_dict() if self.position.stage2 else None,
-            steps={"stage 1": self.position.stage1, "stage 2": self.position.stage2},
-            training_data=f"{len(self.data)} pairs of scan and label map on one machine.",
+            denoiser=self.denoiser.state_dict() if self.position[STAGE2] else None,
+            steps=dict(self.position),
+            training_data=f"{len(self.data)} pairs of scan and label map on one machine{held}.",
         )
 
 
-def _marks(done: int, total: int, every: int) -> list[int]:
-    """Return the steps at which slices begin: where we are, then each multiple of ``every``."""
-    return sorted({done, *range((done // every + 1) * every, total, every)}) if done < total else []
+def check_start(start: Checkpoint, preset: Preset, data: TrainingSet) -> None:
+    """Refuse to fine-tune a checkpoint that does not fit.
+
+    Raises:
+        SchemaError: It is under another label schema.
+        ConfigError: It has another architecture.
+    """
+    if start.schema.digest != data.schema.digest:
+        raise SchemaError(
+            f"The checkpoint to start from is under the label schema {start.schema.name!r}, the data under "
+            f"{data.schema.name!r}.",
+            "Give --schema with the checkpoint's classes, or train from scratch.",
+        )
+    for part in ("autoencoder", "denoiser"):
+        if getattr(start.preset, part) != getattr(preset, part):
+            raise ConfigError(
+                f"The checkpoint to start from has another {part} than the preset {preset.name!r}.",
+                "Train with the preset that the checkpoint was trained with.",
+            )
