@@ -1,6 +1,7 @@
 # make demo            the whole walk with three hospitals on this machine
 # make test            lint, types and tests
 # make bench-gate DATA=DIR   what the copy gate catches and misses
+# make bench-model DATA=DIR  how good the preset tiny's pictures are, three seeds (an hour on two cores)
 # make bench-speed     steps and sampling against the published networks and MONAI's (pip install -e '.[bench]')
 # make test-peers      Debian's DICOM tools that some tests compare with (needs root)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -40,6 +41,9 @@ bench-gate: $(VENV)/installed
 
 bench-speed: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/speed.py --json runs/bench-speed.json
+
+bench-model: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/model.py $(if $(DATA),'$(DATA)')
 
 test-peers:
 	apt-get update -qq
