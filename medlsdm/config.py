@@ -91,9 +91,9 @@ class ObjectiveConfig(Settings):
 
     kind: Literal["flow", "v", "epsilon"] = "flow"
     loss: Literal["l1", "l2"] = "l2"
-    min_snr: float | None = Field(None, gt=0)
-    class_weight_cap: float = Field(1.0, ge=1)
-    reference_voxels: int | None = Field(None, ge=1)
+    min_snr: float | None = Field(default=None, gt=0)
+    class_weight_cap: float = Field(default=1.0, ge=1)
+    reference_voxels: int | None = Field(default=None, ge=1)
 
 
 class DenoiserConfig(Settings):
