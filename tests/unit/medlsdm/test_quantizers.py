@@ -13,7 +13,8 @@ from torch import Tensor
 from medlsdm.config import AutoencoderConfig
 from medlsdm.models import quantizers
 from medlsdm.models.quantizers import FiniteScalar, MovingAverage, Quantiser, build_quantiser
-from medlsdm.models.vqgan import VQGAN
+from medlsdm.models.vqgan import VQGAN, build_autoencoder
+from medlsdm.training.stage1 import train_stage1
 
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 SEEDS = st.integers(0, 1000)
@@ -232,3 +233,16 @@ def test_the_autoencoder_saves_the_codebook_of_ema():
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(volumes, labels), model.eval()(volumes, labels))
     assert again.quantiser.state_dict().keys() == {"codebook", "sums", "counts", "drawn"}
+
+
+def test_stage_1_trains_with_the_codebook_of_ema(preset, data):
+    autoencoder = preset.autoencoder.model_copy(update={"quantiser": "ema", "codebook": 32, "levels": (8, 8, 8, 8)})
+    torch.manual_seed(0)
+    model = build_autoencoder(preset.model_copy(update={"autoencoder": autoencoder}), len(data.schema.classes))
+    seen: list[float] = []
+    train_stage1(model, data, preset.stage1, steps=30, seed=0, progress=lambda now: seen.append(now.loss))
+    assert model.quantiser.drawn
+    assert sum(seen[-5:]) < 0.9 * sum(seen[:5])
+    assert model.quantiser.take_commitment() is None
+    volumes = torch.from_numpy(data.crops([0, 1], None).images)
+    assert len(model.quantiser.indices(model.encode(volumes)).unique()) > 8
