@@ -171,6 +171,15 @@ class Plan:
         """Tell whether nothing is cut."""
         return self.sampling_parts == self.decoding_parts == (1, 1, 1)
 
+    @property
+    def summary(self) -> str:
+        """Return the plan in words."""
+        parts = []
+        for what, of in (("sampled", self.sampling_parts), ("decoded", self.decoding_parts)):
+            parts.append(f"{what} whole" if of == (1, 1, 1) else f"{what} in {' x '.join(map(str, of))} windows")
+        size = f", about {self.estimate_bytes / 2**30:.1f} GB" if self.estimate_bytes else ""
+        return ", ".join(parts) + (", blended" if self.blended else "") + size
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)

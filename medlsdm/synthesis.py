@@ -3,40 +3,121 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from medlsdm.checkpoints import Checkpoint
-from medlsdm.diffusion.objectives import Velocity
+from medlsdm.diffusion.objectives import Objective
 from medlsdm.diffusion.samplers import guided, sample, seeded_noise
+from medlsdm.drawing import (
+    Conditions,
+    LabelSource,
+    WindowedNetwork,
+    decode_tiles,
+    read_labels,
+    tile_decoder,
+)
 from medlsdm.errors import DataError, SchemaError
-from medlsdm.models.spade import one_hot
+from medlsdm.memory import (
+    DEFAULT_SHARE,
+    Grid,
+    Needs,
+    Plan,
+    footprint,
+    free_bytes,
+    make_plan,
+    resident_bytes,
+)
+from medlsdm.models.spade import SLAB_BYTES
 from medlsdm.models.unet import MODALITIES
-from medlsdm.training.loop import autocast, device_of
-from medlsdm.training.patients import class_indices, denormalise, mirror_to, round_up, spacing_of
+from medlsdm.training.devices import choose_device, memory_advice
+from medlsdm.training.loop import autocast, bfloat16_pays
+from medlsdm.training.patients import denormalise
 from medlsdm.types import SYNTHESIS_SEAL, Geometry, Modality, Provenance, SemanticMap, SyntheticVolume
-from medlsdm.volumes import from_ras, to_ras
+from medlsdm.volumes import to_ras
+from medlsdm.windows import Slices, Triple, windows
+
+LARGEST_BATCH = 8
+BATCH_VOXELS = {"cpu": 2**14, "cuda": 2**18}
+"""Latent voxels up to which a batch is filled: beyond, drawing several at once saves no time."""
+
+SMALL_GRID = 2**13
+"""Latent voxels up to which a single volume is drawn whole without asking what memory there is."""
+
+STATES = 6
+"""Copies of the latents that a sampler holds at most: state, slopes and what is being computed."""
+
+OVERLAP_REACH = 8
+"""How far windows read into their neighbours, in latent voxels, where the denoiser has no finite receptive field."""
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Say how to draw: sampling steps, guidance (1 is none), modality, and the memory allowed or the plan itself."""
+
+    steps: int
+    guidance: float
+    modality: Modality
+    memory: int | Plan | None
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Draft:
+    """Hold a label map that waits to be drawn."""
+
+    labels: SemanticMap
+    source: LabelSource
+    seed: int
 
 
 class Synthesiser:
     """Turn label maps into volumes with one checkpoint.
 
+    Volumes of any size: what does not fit the memory at once is sampled in windows and decoded in
+    tiles. The networks are built at their first use and kept.
+
     Args:
         checkpoint: Both stages trained.
         threads: CPU threads to use; all that torch would take, by default.
+        device: ``auto`` (the GPU where torch can use one), ``cpu`` or ``cuda``.
+        smooth: Leave out the texture that a trained texture decoder adds.
+
+    Raises:
+        DataError: Stage 2 has not been trained.
+        ConfigError: The weights are of another architecture, or there is no such device.
     """
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, threads: int | None = None, device: str = "auto", *, smooth: bool = False
+    ) -> None:
         self.checkpoint = checkpoint
+        self.last_plan: Plan | None = None
         self._threads = threads
-        self._autoencoder = checkpoint.build_autoencoder()
-        self._denoiser = checkpoint.build_denoiser()
+        self._device = choose_device(device)
+        self._denoiser = self._ready(checkpoint.build_denoiser())
+        self._autoencoder = self._ready(checkpoint.build_autoencoder())
+        self._strides, self._sampling = checkpoint.preset.autoencoder.strides, checkpoint.preset.sampling
+        self._decoder = tile_decoder(self._autoencoder, smooth=smooth)
+
+    def _ready(self, network: Network) -> Network:
+        """Move a network to the device; channels-last pays where bfloat16 does."""
+        network.to(self._device)
+        if self._device.type == "cuda" or bfloat16_pays():
+            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return network.eval()
 
     def synthesise(
         self,
@@ -46,6 +127,7 @@ class Synthesiser:
         steps: int | None = None,
         guidance: float | None = None,
         modality: Modality | None = None,
+        memory: int | Plan | None = None,
     ) -> SyntheticVolume:
         """Draw one volume on the label map's own grid: any orientation, any size.
 
@@ -55,67 +137,179 @@ class Synthesiser:
             steps: Sampling steps; the preset's by default.
             guidance: 1 means none; the preset's by default.
             modality: One that the checkpoint was trained on; its first by default.
+            memory: Bytes that this process may hold at its peak (on a GPU: of its memory), by default
+                a share of what is free; or the plan itself.
 
         Raises:
             SchemaError: The map is under another schema.
             DataError: The checkpoint does not know the modality.
+            ResourceError: The volume does not fit the memory, however small the windows.
         """
-        kind = modality or self.checkpoint.modalities[0]
-        if labels.schema.digest != self.checkpoint.schema.digest:
-            raise SchemaError("The label map is under another schema than the checkpoint.", "Use the model's schema.")
+        drawn = self.synthesise_many(
+            [labels], seeds=[seed], steps=steps, guidance=guidance, modality=modality, memory=memory
+        )
+        return next(iter(drawn))
+
+    def synthesise_many(
+        self,
+        maps: Iterable[SemanticMap],
+        *,
+        seeds: Iterable[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+        modality: Modality | None = None,
+        memory: int | Plan | None = None,
+    ) -> Iterator[SyntheticVolume]:
+        """Draw one volume for each map, in order; neighbours of equal size are drawn together.
+
+        A volume does not depend on what it is drawn with. Maps and seeds are read as they are needed,
+        and volumes are not kept. Arguments and errors as in ``synthesise``.
+        """
+        sampling, kind = self._sampling, modality or self.checkpoint.modalities[0]
         if kind not in self.checkpoint.modalities:
             known = ", ".join(self.checkpoint.modalities)
             raise DataError(f"The checkpoint was not trained on {kind}.", f"It knows {known}.")
-        indices, canonical = to_ras(class_indices(labels), labels.geometry)
-        with torch.inference_mode(), _threads(self._threads):
-            volume = self._draw(indices, spacing_of(canonical), kind, seed, steps, guidance)
-        array = from_ras(denormalise(volume, kind), labels.geometry)
+        order = Order(steps or sampling.steps, sampling.guidance if guidance is None else guidance, kind, memory)
+        return self._batches(zip(maps, seeds, strict=True), order)
+
+    def _batches(self, wanted: Iterable[tuple[SemanticMap, int]], order: Order) -> Iterator[SyntheticVolume]:
+        waiting: list[Draft] = []
+        plan = Plan()
+        for labels, seed in wanted:
+            draft = self._draft(labels, seed)
+            if waiting and (len(waiting) == plan.batch or draft.source.padded != waiting[0].source.padded):
+                yield from self._draw(waiting, order, plan)
+                waiting = []
+            if not waiting:
+                plan = self._plan(draft.source, order)
+            waiting.append(draft)
+        if waiting:
+            yield from self._draw(waiting, order, plan)
+
+    def _draft(self, labels: SemanticMap, seed: int) -> Draft:
+        if labels.schema.digest != self.checkpoint.schema.digest:
+            raise SchemaError("The label map is under another schema than the checkpoint.", "Use the model's schema.")
+        return Draft(labels, LabelSource(labels, self._strides), seed)
+
+    def _draw(self, drafts: Sequence[Draft], order: Order, plan: Plan) -> Iterator[SyntheticVolume]:
+        self.last_plan = plan
+        arrays: list[NDArray[np.float32]] = []
+        views: list[NDArray[np.float32]] = []
+
+        def write(index: int, box: Slices, values: NDArray[np.float32]) -> None:
+            views[index][box] = denormalise(values, order.modality)
+
+        with (
+            torch.inference_mode(),
+            _threads(self._threads),
+            memory_advice("synthesis", "Give less memory by --memory (smaller windows), or use --device cpu."),
+            autocast(self._device),
+        ):
+            latents = self._autoencoder.unstandardise(self._latents(drafts, order, plan))
+            for draft in drafts:
+                arrays.append(np.empty(draft.labels.geometry.shape, dtype=np.float32))
+                views.append(to_ras(arrays[-1], draft.labels.geometry)[0])
+            sources, seeds = [draft.source for draft in drafts], [draft.seed for draft in drafts]
+            decode_tiles(self._decoder, latents, sources, seeds, self._strides, plan.decoding_parts, write)
+            del latents
         card = self.checkpoint.card
-        return SyntheticVolume(
-            np.ascontiguousarray(array),
-            labels.geometry,
-            kind,
-            Provenance(card.checkpoint_digest, card.digest, labels.digest, seed),
-            seal=SYNTHESIS_SEAL,
-        )
+        for draft, array in zip(drafts, arrays, strict=True):
+            origin = Provenance(card.checkpoint_digest, card.digest, draft.labels.digest, draft.seed)
+            yield SyntheticVolume(array, draft.labels.geometry, order.modality, origin, seal=SYNTHESIS_SEAL)
 
-    def _draw(
-        self,
-        indices: NDArray[np.integer],
-        spacing: NDArray[np.float32],
-        modality: Modality,
-        seed: int,
-        steps: int | None,
-        guidance: float | None,
-    ) -> NDArray[np.float32]:
-        """Return a RAS volume in about -1..1."""
-        sampling, strides = self.checkpoint.preset.sampling, self.checkpoint.preset.autoencoder.strides
-        padded = mirror_to(indices, round_up(indices.shape, strides)).astype(np.int32)
-        device = device_of(self._denoiser)
-        labels = one_hot(torch.from_numpy(padded)[None].to(device), self._denoiser.n_classes)
-        x, y, z = (n // s for n, s in zip(padded.shape, strides, strict=True))
-        noise = seeded_noise([seed], (self.checkpoint.preset.autoencoder.latent_channels, x, y, z)).to(device)
-        conditions = (
-            torch.from_numpy(spacing).to(device),
-            torch.tensor([MODALITIES.index(modality)], device=device),
-        )
-        with autocast(device):
-            scale = sampling.guidance if guidance is None else guidance
-            with_labels = self._velocity(labels, conditions)
-            without = self._velocity(torch.zeros_like(labels), conditions) if scale != 1 else with_labels
-            velocity = guided(with_labels, without, scale)
-            latents = sample(velocity, noise, steps=steps or sampling.steps, method=sampling.sampler)
-            volume = self._autoencoder.decode(self._autoencoder.unstandardise(latents), labels)
-        cut = tuple(slice(n) for n in indices.shape)
-        return volume[0, 0].float().cpu().numpy()[cut]
+    def _latents(self, drafts: Sequence[Draft], order: Order, plan: Plan) -> Tensor:
+        """Return standardised latents [B, C, x, y, z]."""
+        sources, seeds = [draft.source for draft in drafts], [draft.seed for draft in drafts]
+        shape, (halo, align, _) = self._latent_shape(sources[0]), self._reach()
+        conditions = self._conditions([source.geometry for source in sources], order.modality)
+        cut = windows(shape, plan.sampling_parts, halo, align)
+        whole = slice(0, sources[0].padded[0]), slice(0, sources[0].padded[1]), slice(0, sources[0].padded[2])
+        pyramid = self._denoiser.labels(read_labels(sources, whole, self._device))
+        network = WindowedNetwork(self._denoiser, pyramid, conditions, cut, plan)
+        if order.guidance != 1:
+            null = self._denoiser.labels.null(len(drafts), sources[0].padded)
+            plain = WindowedNetwork(self._denoiser, null, conditions, cut, plan)
+            network = guided(network, plain, order.guidance, self._sampling.guidance_interval)
+        noise = seeded_noise(seeds, (self.checkpoint.preset.autoencoder.latent_channels, *shape)).to(self._device)
+        return sample(
+            network, noise, steps=order.steps, method=self._sampling.sampler, seeds=seeds, shift=self._sampling.shift,
+            objective=Objective(self.checkpoint.preset.denoiser.objective),
+        )  # fmt: skip
 
-    def _velocity(self, labels: Tensor, conditions: tuple[Tensor, Tensor]) -> Velocity:
-        prepared = self._denoiser.prepare_labels(labels)
-        return lambda x, t: self._denoiser(x, t, prepared, *conditions)
+    def _conditions(self, grids: Sequence[Geometry], modality: Modality) -> Conditions:
+        spacing = torch.tensor([grid.spacing for grid in grids], dtype=torch.float32, device=self._device)
+        return spacing, torch.full((len(grids),), MODALITIES.index(modality), device=self._device)
+
+    def _latent_shape(self, source: LabelSource) -> Triple:
+        x, y, z = (n // s for n, s in zip(source.padded, self._strides, strict=True))
+        return x, y, z
+
+    def _reach(self) -> tuple[int, int, bool]:
+        """Return how far sampling windows read beyond what they keep, their alignment, and whether that is exact."""
+        align = 2 ** (len(self.checkpoint.preset.denoiser.channels) - 1)
+        field = self._denoiser.receptive_field
+        return (max(OVERLAP_REACH, align), align, False) if field is None else (field, align, True)
+
+    def _plan(self, source: LabelSource, order: Order) -> Plan:
+        """Choose how to draw maps of this size; see ``medlsdm.memory.make_plan``."""
+        if isinstance(order.memory, Plan):
+            return order.memory
+        (halo, align, exact), kind = self._reach(), self._device.type
+        planes = align * self._strides[0]
+        grid = Grid(
+            shape=self._latent_shape(source),
+            halo=halo,
+            align=align,
+            decoder_halo=self._decoder.halo,
+            exact=exact,
+            halves=1 if order.guidance == 1 else 2,
+            calls=order.steps * (2 if self._sampling.sampler == "heun" else 1),
+            slab_bytes=max(SLAB_BYTES, 4 * self._denoiser.n_classes * planes * math.prod(source.padded[1:])),
+        )
+        batch = max(1, min(LARGEST_BATCH, BATCH_VOXELS[kind] // grid.voxels))
+        if order.memory is None and grid.voxels <= SMALL_GRID:
+            return Plan(batch=batch)
+        used = self._used_bytes()
+        budget = order.memory or used + int(DEFAULT_SHARE[kind] * free_bytes(self._device))
+        return make_plan(grid, self._needs, budget, used, batch)
+
+    def _used_bytes(self) -> int:
+        """Return what is held before drawing, with the bfloat16 copies of the weights that drawing adds."""
+        on_gpu = self._device.type == "cuda"
+        weights = sum(p.numel() for net in (self._autoencoder, self._denoiser) for p in net.parameters())
+        return 2 * weights + (torch.cuda.memory_allocated(self._device) if on_gpu else resident_bytes())
+
+    @cached_property
+    def _needs(self) -> Needs:
+        """Measure the networks on a small cube."""
+        config, size = self.checkpoint.preset.autoencoder, 2 * max(4, self._reach()[1])
+        sides = [size * s for s in self._strides]
+        labels = torch.zeros((1, *sides), dtype=torch.uint8, device=self._device)
+        latents = torch.zeros((1, config.latent_channels, size, size, size), device=self._device)
+        noise = torch.zeros((1, 1, *sides), device=self._device) if self._decoder.noisy else None
+        conditions = torch.ones(1, 3, device=self._device), torch.zeros(1, dtype=torch.long, device=self._device)
+        with torch.no_grad(), _threads(self._threads), autocast(self._device):
+            pyramid = self._denoiser.labels(labels)
+            guidance = self._denoiser.guide(pyramid)
+            calls: dict[str, Callable[[], object]] = {
+                "pyramid": lambda: self._denoiser.labels(labels),
+                "guide": lambda: self._denoiser.guide(pyramid),
+                "network": lambda: self._denoiser(latents, latents.new_zeros(1), guidance, *conditions),
+                "decode": lambda: self._decoder.decode(latents, labels, noise),
+            }
+            for call in calls.values():
+                call()  # casts the weights, which are kept from then on
+            return Needs(
+                **{name: footprint(call, size**3) for name, call in calls.items()},
+                state=STATES * 4.0 * config.latent_channels,
+                labels=math.prod(self._strides),
+                output=0.0 if self._device.type == "cuda" else 4.0 * math.prod(self._strides),
+            )
 
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads for a while; None leaves it as it is."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
