@@ -35,7 +35,7 @@ class Comparison:
     its 95 % interval. Each FID is to be read against its floor: what two sets of ``fid_count`` real volumes
     give. ``nearest`` is each volume's greatest correlation with a real one, ``nearest_real`` the same for real
     ones. With a segmenter: ``dice`` of what it finds in the synthetic volumes against their maps, and
-    ``dice_real`` the same in real volumes.
+    ``dice_real`` the same in ``dice_real_count`` real volumes.
     """
 
     real_count: int
@@ -56,6 +56,7 @@ class Comparison:
     fid_segmenter_floor: float | None = None
     dice: float | None = None
     dice_real: float | None = None
+    dice_real_count: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, without what was not measured."""
@@ -138,6 +139,7 @@ class Yardstick:
             fid_segmenter_floor=deep_floor,
             dice=overlap,
             dice_real=self._dice,
+            dice_real_count=None if self._dice is None else len(self.real),
         )
 
     @staticmethod
