@@ -15,13 +15,11 @@ from medlsdm import __version__, terminal
 
 if TYPE_CHECKING:
     from medlsdm.training.loop import Progress
-    from medlsdm.types import SemanticMap
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Kind = Annotated[str, typer.Option(help="CT, MR or PT.")]
 
 
@@ -52,94 +50,41 @@ def _modality(name: str):
 
 @app.command()
 def train(
-    data: Annotated[
-        list[Path], typer.Option(help="Folder with images/ and labels/ (.nii.gz, equal names). May be repeated.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the run; run the same command again to go on.")],
-    preset: Annotated[
-        str | None, typer.Option(help="Preset name or YAML file: tiny by default, or that of --from.")
-    ] = None,
-    modality: Annotated[
-        list[str] | None, typer.Option(help="CT, MR or PT: one for all --data, or one for each in turn. MR by default.")
-    ] = None,
+    data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (.nii.gz, equal names).")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; run again to go on.")],
+    preset: Annotated[str, typer.Option(help="Preset name or YAML file.")] = "tiny",
+    modality: Kind = "MR",
     schema: Annotated[
         str | None, typer.Option(help="Label schema name or YAML file; made from the values if absent.")
     ] = None,
-    start: Annotated[
-        Path | None, typer.Option("--from", help="Fine-tune: begin with the weights of this checkpoint.")
-    ] = None,
-    hold_out: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Share of patients to measure with instead of training on them.")
-    ] = 0.0,
-    keep_strides: Annotated[
-        bool, typer.Option("--keep-strides", help="Do not fit the preset to the data's voxel size.")
-    ] = False,
-    pictures: Annotated[
-        bool, typer.Option(help="Save pictures of cases as it trains. They show real patients: keep them.")
-    ] = True,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what time, memory and disk it takes.")] = False,
-    device: Device = "auto",
     steps_scale: Annotated[float, typer.Option(help="Multiply the preset's steps.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Train on folders of pairs: compression, texture, then synthesis. Running it again goes on where it stopped.
-
-    Several GPUs: accelerate launch -m medlsdm.cli train ...
-    """
+    """Train both stages on a folder of pairs. Running the same command again goes on where it stopped."""
     from medlsdm.config import load_preset, load_schema
-    from medlsdm.errors import UsageError
-    from medlsdm.training.folders import read_sources
+    from medlsdm.training.folders import read_pairs
 
-    kinds = [_modality(name) for name in modality or ["MR"]]
-    if len(kinds) not in (1, len(data)):
-        raise UsageError(f"{len(data)} --data and {len(kinds)} --modality.", "Give one, or one for each --data.")
-    sources = list(zip(data, kinds * (len(data) if len(kinds) == 1 else 1), strict=True))
-    settings = load_preset(preset or "tiny").scaled(steps_scale)
-    labels = load_schema(schema) if schema else None
-    checkpoint = None
-    if start is not None:
-        from medlsdm.checkpoints import load_checkpoint
+    settings, kind = load_preset(preset).scaled(steps_scale), _modality(modality)
+    pairs = read_pairs(data, kind, load_schema(schema) if schema else None)
 
-        checkpoint = load_checkpoint(start)
-        settings = settings if preset else checkpoint.preset.scaled(steps_scale)
-        labels = labels or checkpoint.schema
-    pairs = read_sources(sources, labels)
-
-    from medlsdm.training.devices import join_processes, rank_and_size
-    from medlsdm.training.patients import prepare, typical_spacing
-
-    if checkpoint is None and not keep_strides:
-        settings = settings.for_spacing(typical_spacing(scan.geometry for scan, _ in pairs))
-    _set_threads(threads)
-    arguments: dict[str, Any] = {
-        "preset": settings, "seed": seed, "device": join_processes(device), "start": checkpoint, "hold_out": hold_out,
-    }  # fmt: skip
-    if estimate:
-        from medlsdm.training.estimate import estimate_training
-
-        _render(estimate_training(data=prepare(pairs, settings), **arguments).to_json(), json)
-        return
-
+    from medlsdm.training.patients import prepare
     from medlsdm.training.run import TrainingRun
 
+    _set_threads(threads)
     started = time.process_time()
     with _progress() as report:
-        run = TrainingRun(out, data=prepare(pairs, settings), progress=report, pictures=pictures, **arguments)
-        card = run.train()
-    if rank_and_size()[0] == 0:
-        result = {
-            "out": str(out),
-            "model_id": card.model_id,
-            "pairs": len(pairs),
-            "held_out": len(run.held_out or ()),
-            "steps": card.steps,
-            "logs": run.log.description,
-            "cpu_seconds": round(time.process_time() - started, 1),
-            "card_digest": card.digest,
-        }
-        _render(result, json)
+        card = TrainingRun(out, settings, prepare(pairs, settings), seed=seed, progress=report).train()
+    result = {
+        "out": str(out),
+        "model_id": card.model_id,
+        "pairs": len(pairs),
+        "steps": card.steps,
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "card_digest": card.digest,
+    }
+    _render(result, json)
 
 
 @app.command()
@@ -151,11 +96,6 @@ def synthesise(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="1 is none.")] = None,
     modality: Annotated[str | None, typer.Option(help="CT, MR or PT; the checkpoint's first by default.")] = None,
-    smooth: Annotated[bool, typer.Option("--smooth", help="Leave out the texture decoder.")] = False,
-    memory: Annotated[
-        str | None, typer.Option(help="Most memory to use, for example 4GB; a share of what is free by default.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
     json: Json = False,
@@ -171,37 +111,23 @@ def synthesise(
         raise BusyError(f"The folder {str(out)!r} is not empty.", "Give another one, or --overwrite.")
 
     from medlsdm.checkpoints import load_checkpoint
-    from medlsdm.memory import parse_bytes
     from medlsdm.synthesis import Synthesiser
     from medlsdm.training.folders import read_labels
     from medlsdm.volumes import nifti_stem, write_nifti
 
-    allowed = parse_bytes(memory) if memory else None
     loaded = load_checkpoint(checkpoint)
-    synthesiser = Synthesiser(loaded, threads, device, smooth=smooth)
-    seeds = [seed + index for index in range(len(paths))]
-    maps = (_told(read_labels(path, loaded.schema), path) for path in paths)
-    volumes = synthesiser.synthesise_many(
-        maps, seeds=seeds, steps=steps, guidance=guidance, modality=kind, memory=allowed
-    )
-    rows, started = [], time.process_time()
-    for path, volume in zip(paths, volumes, strict=True):
+    synthesiser = Synthesiser(loaded, threads)
+    rows = []
+    for index, path in enumerate(paths):
+        started = time.process_time()
+        volume = synthesiser.synthesise(
+            read_labels(path, loaded.schema), seed=seed + index, steps=steps, guidance=guidance, modality=kind
+        )
         target = out / f"{nifti_stem(path)}.nii.gz"
         write_nifti(target, volume.array, volume.geometry)
-        seconds, started = round(time.process_time() - started, 2), time.process_time()
-        row = {"file": target.name, "seed": volume.provenance.seed, "cpu_seconds": seconds}
-        plan = synthesiser.last_plan
-        rows.append(row | ({"plan": plan.to_json() if json else plan.summary} if plan else {}))
-        print(f"{target.name} ({len(rows)} of {len(paths)})", file=sys.stderr)
+        rows.append({"file": target.name, "seed": seed + index, "cpu_seconds": round(time.process_time() - started, 2)})
+        print(f"{target.name} ({index + 1} of {len(paths)})", file=sys.stderr)
     _render({"out": str(out), "card_digest": loaded.card.digest, "volumes": rows}, json)
-
-
-def _told(labels: SemanticMap, path: Path) -> SemanticMap:
-    """Return the map; say so where there is nothing in it to follow."""
-    if (labels.array == labels.array.flat[0]).all():
-        line = f"warning: {path.name} holds one class only; check that it is the right file"
-        print(line, file=sys.stderr)
-    return labels
 
 
 @app.command()
