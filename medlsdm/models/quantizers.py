@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from medlsdm.config import AutoencoderConfig
 
@@ -82,6 +82,7 @@ class MovingAverage(Quantiser):
     Codes, their counts and the flag that says they were drawn are buffers and are saved. They change in
     ``forward`` in training mode only: the first batch fills the codebook, later ones move it, and codes
     that hardly any voxel uses are drawn anew from the batch. Loading, ``eval`` and sampling change nothing.
+    Processes that train together keep one codebook.
 
     Not for differentially private training: codes are statistics of patients that no noise covers. Averaging
     over sites is right only for a codebook that all of them started from; two codebooks drawn apart have no
@@ -141,7 +142,7 @@ class MovingAverage(Quantiser):
     @torch.no_grad()
     def _draw(self, vectors: Tensor) -> None:
         """Fill the codebook from a batch; each code starts with its fair share of voxels."""
-        fair = len(vectors) / len(self.counts)
+        fair = len(vectors) * _processes() / len(self.counts)
         self.codebook.copy_(_sample(vectors, len(self.codebook)))
         self.counts.fill_(fair)
         self.sums.copy_(self.codebook * fair)
@@ -153,6 +154,9 @@ class MovingAverage(Quantiser):
         counts, sums = torch.zeros_like(self.counts), torch.zeros_like(self.sums)
         counts.index_add_(0, nearest, torch.ones_like(vectors[:, 0]))
         sums.index_add_(0, nearest, vectors)
+        if _processes() > 1:
+            distributed.all_reduce(counts)
+            distributed.all_reduce(sums)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         fair = self.counts.mean()
@@ -169,10 +173,19 @@ def _vectors(latents: Tensor) -> Tensor:
 
 
 def _sample(vectors: Tensor, count: int) -> Tensor:
-    """Draw ``count`` vectors, each at most once where there are enough."""
+    """Draw ``count`` vectors, each at most once where there are enough; all processes take the first one's."""
     if len(vectors) >= count:
-        return vectors[torch.randperm(len(vectors), device=vectors.device)[:count]]
-    return vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
+        drawn = vectors[torch.randperm(len(vectors), device=vectors.device)[:count]]
+    else:
+        drawn = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
+    if _processes() > 1:
+        distributed.broadcast(drawn, 0)
+    return drawn
+
+
+def _processes() -> int:
+    """Return how many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def build_quantiser(config: AutoencoderConfig) -> Quantiser:

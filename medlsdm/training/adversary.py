@@ -13,6 +13,8 @@ from medlsdm.config import AdversarialConfig
 from medlsdm.models.discriminator import Discriminators, Verdict
 from medlsdm.training.devices import average_gradients
 
+SEED = 20_252
+
 
 class Adversary:
     """Train discriminators beside the autoencoder, and tell it how to look more real.
@@ -26,7 +28,9 @@ class Adversary:
 
     def __init__(self, config: AdversarialConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.discriminators = Discriminators(config).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            self.discriminators = Discriminators(config).to(device)
         self.optimiser = torch.optim.AdamW(
             self.discriminators.parameters(), lr=config.learning_rate, betas=(0.5, 0.99), weight_decay=0.01
         )

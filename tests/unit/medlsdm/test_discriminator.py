@@ -174,10 +174,7 @@ def test_adversarial_training_in_slices_equals_training_at_once(preset, data):
     torch.manual_seed(0)
     whole = build_autoencoder(preset, len(data.schema.classes))
     config = NOW.model_copy(update={"start": 0.2, "warmup": 1, "feature_matching": 0.1})
-    sliced, adversaries = copy.deepcopy(whole), [Adversary(config)]
-    adversaries += [Adversary(config), Adversary(config)]
-    for other in adversaries[1:]:
-        other.load_state_dict(copy.deepcopy(adversaries[0].state_dict()))
+    sliced, adversaries = copy.deepcopy(whole), [Adversary(config) for _ in range(3)]
     kept = make_optimiser(whole, stage)
     train_stage1(whole, data, stage, steps=4, total_steps=6, seed=3, optimiser=kept, adversary=adversaries[0])
     kept = make_optimiser(sliced, stage)

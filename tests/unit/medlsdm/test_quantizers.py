@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -246,3 +249,30 @@ def test_stage_1_trains_with_the_codebook_of_ema(preset, data):
     assert model.quantiser.take_commitment() is None
     volumes = torch.from_numpy(data.crops([0, 1], None).images)
     assert len(model.quantiser.indices(model.encode(volumes)).unique()) > 8
+
+
+TOGETHER = """
+import sys
+import torch
+from torch import distributed
+from medlsdm.models.quantizers import MovingAverage
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+torch.manual_seed(0)
+quantiser = MovingAverage(6, 2, dead_below=0.3).train()
+torch.manual_seed(rank)  # every process draws its own batch
+for _ in range(20):
+    quantiser(torch.randn(1, 2, 4, 4, 4) + 3 * rank)
+print([round(value, 5) for value in torch.cat([quantiser.codebook.flatten(), quantiser.counts]).tolist()])
+distributed.destroy_process_group()
+"""
+
+
+def test_processes_that_train_together_keep_one_codebook(tmp_path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", TOGETHER, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    first, second = (json.loads(process.communicate(timeout=300)[0]) for process in processes)
+    assert first == second
+    assert sum(first[-6:]) == pytest.approx(128, rel=0.05)  # the voxels of both
