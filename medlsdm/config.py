@@ -30,7 +30,8 @@ class AutoencoderConfig(Settings):
     ``strides`` is the compression per axis; the first factor of two is a space-to-depth stem, so
     no convolution runs at full resolution. ``channels`` and the numbers of residual blocks name one value
     for each scale after the stem, the finest first. There is one latent channel for each entry of
-    ``levels``; ``codebook`` is the number of codes of the quantiser ``ema``. ``texture_channels`` is the
+    ``levels``; ``codebook`` is the number of codes of the quantiser ``ema``. ``latent_noise`` is added to
+    latents (in -1..1) in training, so that they hold what stage 2 can predict and not the grain. ``texture_channels`` is the
     width of the decoder that draws texture; 0 leaves it out, and volumes stay smooth.
     """
 
@@ -43,6 +44,7 @@ class AutoencoderConfig(Settings):
     codebook: int = Field(512, ge=2)
     label_width: int = Field(16, ge=1)
     label_dropout: float = Field(0.1, ge=0, le=1)
+    latent_noise: float = Field(0.0, ge=0)
     texture_channels: int = Field(0, ge=0)
     texture_blocks: int = Field(3, ge=1)
 

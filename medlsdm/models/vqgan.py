@@ -113,11 +113,14 @@ class VQGAN(nn.Module):
         return h, depth_to_space(out, self.config.patch).float()
 
     def forward(self, volumes: Tensor, one_hot: Tensor) -> Tensor:
-        """Reconstruct; in training, whole label maps are dropped at random."""
+        """Reconstruct; in training, whole label maps are dropped at random and latents get ``latent_noise``."""
         if self.training and self.config.label_dropout:
             keep = torch.rand(len(volumes), 1, 1, 1, 1, device=volumes.device) >= self.config.label_dropout
             one_hot = one_hot * keep
-        return self.decode(self.encode(volumes), one_hot)
+        latents = self.encode(volumes)
+        if self.training and self.config.latent_noise:
+            latents = latents + self.config.latent_noise * torch.randn_like(latents)
+        return self.decode(latents, one_hot)
 
     def standardise(self, latents: Tensor) -> Tensor:
         """Bring latents to mean 0 and variance 1 per channel."""
