@@ -15,6 +15,7 @@ from medlsdm import __version__, terminal
 
 if TYPE_CHECKING:
     from medlsdm.training.loop import Progress
+    from medlsdm.types import SemanticMap
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -96,6 +97,11 @@ def synthesise(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="1 is none.")] = None,
     modality: Annotated[str | None, typer.Option(help="CT, MR or PT; the checkpoint's first by default.")] = None,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Leave out the texture decoder.")] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="Most memory to use, for example 4GB; a share of what is free by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
     json: Json = False,
@@ -111,23 +117,37 @@ def synthesise(
         raise BusyError(f"The folder {str(out)!r} is not empty.", "Give another one, or --overwrite.")
 
     from medlsdm.checkpoints import load_checkpoint
+    from medlsdm.memory import parse_bytes
     from medlsdm.synthesis import Synthesiser
     from medlsdm.training.folders import read_labels
     from medlsdm.volumes import nifti_stem, write_nifti
 
+    allowed = parse_bytes(memory) if memory else None
     loaded = load_checkpoint(checkpoint)
-    synthesiser = Synthesiser(loaded, threads)
-    rows = []
-    for index, path in enumerate(paths):
-        started = time.process_time()
-        volume = synthesiser.synthesise(
-            read_labels(path, loaded.schema), seed=seed + index, steps=steps, guidance=guidance, modality=kind
-        )
+    synthesiser = Synthesiser(loaded, threads, device, smooth=smooth)
+    seeds = [seed + index for index in range(len(paths))]
+    maps = (_told(read_labels(path, loaded.schema), path) for path in paths)
+    volumes = synthesiser.synthesise_many(
+        maps, seeds=seeds, steps=steps, guidance=guidance, modality=kind, memory=allowed
+    )
+    rows, started = [], time.process_time()
+    for path, volume in zip(paths, volumes, strict=True):
         target = out / f"{nifti_stem(path)}.nii.gz"
         write_nifti(target, volume.array, volume.geometry)
-        rows.append({"file": target.name, "seed": seed + index, "cpu_seconds": round(time.process_time() - started, 2)})
-        print(f"{target.name} ({index + 1} of {len(paths)})", file=sys.stderr)
+        seconds, started = round(time.process_time() - started, 2), time.process_time()
+        row = {"file": target.name, "seed": volume.provenance.seed, "cpu_seconds": seconds}
+        plan = synthesiser.last_plan
+        rows.append(row | ({"plan": plan.to_json() if json else plan.summary} if plan else {}))
+        print(f"{target.name} ({len(rows)} of {len(paths)})", file=sys.stderr)
     _render({"out": str(out), "card_digest": loaded.card.digest, "volumes": rows}, json)
+
+
+def _told(labels: SemanticMap, path: Path) -> SemanticMap:
+    """Return the map; say so where there is nothing in it to follow."""
+    if (labels.array == labels.array.flat[0]).all():
+        line = f"warning: {path.name} holds one class only; check that it is the right file"
+        print(line, file=sys.stderr)
+    return labels
 
 
 @app.command()
