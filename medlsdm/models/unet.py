@@ -158,7 +158,8 @@ class SemanticUNet(nn.Module):
         """
         embedding = self.embed(global_features(times, spacing, modality, position))
         guides = iter(labels.modulations)
-        h = self.stem(torch.cat([latents.to(labels.entry.dtype), labels.entry], dim=1))
+        c_in, c_skip, c_out = self._precondition(times.view(-1, 1, 1, 1, 1))
+        h = self.stem(torch.cat([(c_in * latents).to(labels.entry.dtype), labels.entry], dim=1))
         skips: list[Tensor] = []
         for blocks, shrink in zip(self.down, self.shrink, strict=True):
             for block in blocks:  # type: ignore[attr-defined]
@@ -174,7 +175,19 @@ class SemanticUNet(nn.Module):
             h = torch.cat([h, skip], dim=1)
             for block in self.up[level]:  # type: ignore[attr-defined]
                 h = block(h, embedding, next(guides))
-        return self.out(functional.silu(self.out_norm(h))).float()
+        return c_skip * latents + c_out * self.out(functional.silu(self.out_norm(h))).float()
+
+    def _precondition(self, times: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """Return the factors of the input, of the input in the output, and of the network in the output.
+
+        For ``flow`` they are such that, were latents white noise of variance 1, the input would have that
+        variance, nothing would be left to learn, and errors would weigh alike at all times; ``v`` is so by
+        itself. Derived as in Karras et al. (arXiv 2206.00364), appendix B.6.
+        """
+        if self.config.objective.kind != "flow":
+            return 1.0, 0.0, 1.0
+        power = times.square() + (1 - times).square()
+        return power.rsqrt(), (2 * times - 1) / power, power.rsqrt()
 
 
 def norm_layer(config: DenoiserConfig, channels: int, *, affine: bool) -> nn.Module:
