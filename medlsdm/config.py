@@ -162,7 +162,10 @@ class AdversarialConfig(Settings):
 
 
 class Stage1Losses(Settings):
-    """Weigh the losses of stage 1; 0 switches one off. ``commitment`` counts with the quantiser ``ema`` only."""
+    """Weigh the losses of stage 1; 0 switches one off.
+
+    ``commitment`` draws latents to their codes with the quantiser ``ema``, and to 0 with ``none``.
+    """
 
     l1: float = Field(default=1.0, ge=0)
     mse: float = Field(default=0.0, ge=0)

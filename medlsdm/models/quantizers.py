@@ -12,7 +12,7 @@ DISTANCES_AT_ONCE = 2**22
 
 
 class Quantiser(nn.Module):
-    """Leave latents [B, C, X, Y, Z] continuous; the quantisers below override what they change."""
+    """Say what quantisers of latents [B, C, X, Y, Z] do; those below override what they change."""
 
     def bound(self, latents: Tensor) -> Tensor:
         """Bring encoder outputs, as float32, to the range that rounding expects. Smooth, and one to one."""
@@ -29,6 +29,29 @@ class Quantiser(nn.Module):
     def take_commitment(self) -> Tensor | None:
         """Return the commitment loss of the last forward in training, once; None where there is none."""
         return None
+
+
+class Continuous(Quantiser):
+    """Leave latents as they are. Their commitment is their power, so that noise on them cannot be outgrown.
+
+    A channel of limited power under Gaussian noise is best used by Gaussian latents, which are what
+    diffusion models most easily; rounding squeezes latents towards the ends of their range.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._power: Tensor | None = None
+
+    def forward(self, bounded: Tensor) -> Tensor:
+        """Return the latents unchanged."""
+        if self.training:
+            self._power = bounded.square().mean()
+        return bounded
+
+    def take_commitment(self) -> Tensor | None:
+        """Return the mean square of the last latents in training, once."""
+        power, self._power = self._power, None
+        return power
 
 
 class FiniteScalar(Quantiser):
@@ -194,4 +217,4 @@ def build_quantiser(config: AutoencoderConfig) -> Quantiser:
         return FiniteScalar(config.levels)
     if config.quantiser == "ema":
         return MovingAverage(config.codebook, config.latent_channels)
-    return Quantiser()
+    return Continuous()
