@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Kind = Annotated[str, typer.Option(help="CT, MR or PT.")]
 
 
@@ -51,41 +52,94 @@ def _modality(name: str):
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (.nii.gz, equal names).")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; run again to go on.")],
-    preset: Annotated[str, typer.Option(help="Preset name or YAML file.")] = "tiny",
-    modality: Kind = "MR",
+    data: Annotated[
+        list[Path], typer.Option(help="Folder with images/ and labels/ (.nii.gz, equal names). May be repeated.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run; run the same command again to go on.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Preset name or YAML file: tiny by default, or that of --from.")
+    ] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="CT, MR or PT: one for all --data, or one for each in turn. MR by default.")
+    ] = None,
     schema: Annotated[
         str | None, typer.Option(help="Label schema name or YAML file; made from the values if absent.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Fine-tune: begin with the weights of this checkpoint.")
+    ] = None,
+    hold_out: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of patients to measure with instead of training on them.")
+    ] = 0.0,
+    keep_strides: Annotated[
+        bool, typer.Option("--keep-strides", help="Do not fit the preset to the data's voxel size.")
+    ] = False,
+    pictures: Annotated[
+        bool, typer.Option(help="Save pictures of cases as it trains. They show real patients: keep them.")
+    ] = True,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what time, memory and disk it takes.")] = False,
+    device: Device = "auto",
     steps_scale: Annotated[float, typer.Option(help="Multiply the preset's steps.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Train both stages on a folder of pairs. Running the same command again goes on where it stopped."""
+    """Train on folders of pairs: compression, texture, then synthesis. Running it again goes on where it stopped.
+
+    Several GPUs: accelerate launch -m medlsdm.cli train ...
+    """
     from medlsdm.config import load_preset, load_schema
-    from medlsdm.training.folders import read_pairs
+    from medlsdm.errors import UsageError
+    from medlsdm.training.folders import read_sources
 
-    settings, kind = load_preset(preset).scaled(steps_scale), _modality(modality)
-    pairs = read_pairs(data, kind, load_schema(schema) if schema else None)
+    kinds = [_modality(name) for name in modality or ["MR"]]
+    if len(kinds) not in (1, len(data)):
+        raise UsageError(f"{len(data)} --data and {len(kinds)} --modality.", "Give one, or one for each --data.")
+    sources = list(zip(data, kinds * (len(data) if len(kinds) == 1 else 1), strict=True))
+    settings = load_preset(preset or "tiny").scaled(steps_scale)
+    labels = load_schema(schema) if schema else None
+    checkpoint = None
+    if start is not None:
+        from medlsdm.checkpoints import load_checkpoint
 
-    from medlsdm.training.patients import prepare
+        checkpoint = load_checkpoint(start)
+        settings = settings if preset else checkpoint.preset.scaled(steps_scale)
+        labels = labels or checkpoint.schema
+    pairs = read_sources(sources, labels)
+
+    from medlsdm.training.devices import join_processes, rank_and_size
+    from medlsdm.training.patients import prepare, typical_spacing
+
+    if checkpoint is None and not keep_strides:
+        settings = settings.for_spacing(typical_spacing(scan.geometry for scan, _ in pairs))
+    _set_threads(threads)
+    arguments: dict[str, Any] = {
+        "preset": settings, "seed": seed, "device": join_processes(device), "start": checkpoint, "hold_out": hold_out,
+    }  # fmt: skip
+    if estimate:
+        from medlsdm.training.estimate import estimate_training
+
+        _render(estimate_training(data=prepare(pairs, settings), **arguments).to_json(), json)
+        return
+
     from medlsdm.training.run import TrainingRun
 
-    _set_threads(threads)
     started = time.process_time()
     with _progress() as report:
-        card = TrainingRun(out, settings, prepare(pairs, settings), seed=seed, progress=report).train()
-    result = {
-        "out": str(out),
-        "model_id": card.model_id,
-        "pairs": len(pairs),
-        "steps": card.steps,
-        "cpu_seconds": round(time.process_time() - started, 1),
-        "card_digest": card.digest,
-    }
-    _render(result, json)
+        run = TrainingRun(out, data=prepare(pairs, settings), progress=report, pictures=pictures, **arguments)
+        card = run.train()
+    if rank_and_size()[0] == 0:
+        result = {
+            "out": str(out),
+            "model_id": card.model_id,
+            "pairs": len(pairs),
+            "held_out": len(run.held_out or ()),
+            "steps": card.steps,
+            "logs": run.log.description,
+            "cpu_seconds": round(time.process_time() - started, 1),
+            "card_digest": card.digest,
+        }
+        _render(result, json)
 
 
 @app.command()
@@ -175,6 +229,31 @@ def evaluate(
         real, synthetic, kind, labels=labels, real_labels=real_labels, steps=segmenter_steps, seed=seed
     )
     _render(found.to_json(), json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    layout: Annotated[str, typer.Option("--format", help="hf (Hugging Face folder) or monai (MONAI bundle).")] = "hf",
+    licence: Annotated[str, typer.Option(help="Licence of the weights, as the Hugging Face Hub names it.")] = "unknown",
+    json: Json = False,
+) -> None:
+    """Write a trained model in the layout of others' tools. The card, with what it says of privacy, goes along."""
+    from medlsdm.errors import UsageError
+
+    if layout == "hf":
+        from medlsdm.exports.hugging_face import export_hugging_face
+
+        card = export_hugging_face(run, out, licence=licence)
+    elif layout == "monai":
+        from medlsdm.exports.monai_bundle import export_monai_bundle
+
+        card = export_monai_bundle(run, out)
+    else:
+        raise UsageError(f"{layout!r} is not a layout.", "Use hf or monai.")
+    print(f"privacy: {card.privacy}", file=sys.stderr)
+    _render({"out": str(out), "model_id": card.model_id, "card_digest": card.digest}, json)
 
 
 def _label_files(path: Path) -> list[Path]:

@@ -61,7 +61,7 @@ def vary(
     places = _places(image.shape, np.array(spacing), ranges, rng)
     nearest = np.rint(places).astype(np.intp)
     labels = labels[nearest[0], nearest[1], nearest[2]]
-    image = ndimage.map_coordinates(image, places, order=1, mode="nearest", output=np.float32)
+    image = np.asarray(ndimage.map_coordinates(image, places, order=1, mode="nearest"), dtype=np.float32)
     if modality is Modality.MR:
         image = _shade(image, ranges, rng)
     image += rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0, ranges.grain))
@@ -112,4 +112,4 @@ def _shade(image: Field, ranges: Ranges, rng: np.random.Generator) -> Field:
     share = np.clip((image + 1) / 2, 0, 1)
     share **= np.float32(np.exp(rng.uniform(-ranges.gamma, ranges.gamma)))
     share *= 1 + _smooth_field(image.shape, rng, ranges.shading)
-    return share * 2 - 1
+    return np.asarray(share * 2 - 1, dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,24 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def join_processes(name: str = "auto") -> torch.device:
+    """Return the device of this process, after meeting the others that ``accelerate launch`` started, if any.
+
+    Raises:
+        ConfigError: There is no such device, or several processes were started without accelerate installed.
+    """
+    device = choose_device(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    try:
+        from accelerate import PartialState  # pyright: ignore[reportMissingImports]  # optional
+    except ImportError:
+        raise ConfigError(
+            "Several processes train together by accelerate, which is not installed.", "pip install 'medlsdm[gpu]'."
+        ) from None
+    return torch.device(PartialState(cpu=device.type == "cpu").device)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -86,10 +105,9 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     if size == 1:
         return
     for parameter in parameters:
-        if parameter.grad is None:  # every process must take part in every exchange
-            parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
-        parameter.grad /= size
+        if parameter.grad is not None:  # settings and step, equal in all processes, decide who has one
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= size
 
 
 def average_tensors(tensors: list[Tensor]) -> None:

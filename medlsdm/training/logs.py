@@ -39,11 +39,14 @@ class TrainingLog:
             _trim(folder / name, columns, position)
         self._begin = {name: sum(list(totals.values())[:index]) for index, name in enumerate(totals)}
         self._events = _writer(folder / EVENTS, sum(position.values()))
+        self._with_events = self._events is not None
 
     @property
-    def has_events(self) -> bool:
-        """Tell whether TensorBoard's files are written too."""
-        return self._events is not None
+    def description(self) -> str:
+        """Say what is written, and how to get the rest."""
+        if self._with_events:
+            return f"{LOSSES}, {VALIDATION}, {EVENTS}/"
+        return f"{LOSSES}, {VALIDATION} (for TensorBoard: pip install 'medlsdm[logs]')"
 
     def note(self, progress: Progress) -> None:
         """Keep one step."""

@@ -6,37 +6,43 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from medlsdm.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from medlsdm.config import Preset, StageConfig
 from medlsdm.errors import ConfigError, SchemaError
 from medlsdm.model_card import ModelCard
+from medlsdm.models.ema import Ema
 from medlsdm.models.unet import SemanticUNet, build_denoiser
 from medlsdm.models.vqgan import VQGAN, build_autoencoder
+from medlsdm.training.adversary import build_adversary
 from medlsdm.training.devices import memory_advice, rank_and_size
 from medlsdm.training.logs import TrainingLog
 from medlsdm.training.loop import Progress, Report, make_optimiser
 from medlsdm.training.patients import TrainingSet, split_patients
 from medlsdm.training.stage1 import train_stage1
-from medlsdm.training.stage2 import LatentSet, encode_latents, train_stage2
+from medlsdm.training.stage2 import LatentSet, encode_latents, held_out_loss, train_stage2
 from medlsdm.training.state import Stateful, read_state, write_state
+from medlsdm.training.texture import train_texture
+from medlsdm.training.watch import Watch
 
 RESUME = "resume.safetensors"
-STAGE1, STAGE2 = "stage 1", "stage 2"
+STAGE1, TEXTURE, STAGE2 = "stage 1", "texture", "stage 2"
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Hold one part of a run: its name, its settings, and what trains ``steps`` steps from ``first_step`` on."""
+    """Hold one part of a run: its name, settings and module, and what trains ``steps`` steps from ``first_step`` on."""
 
     name: str
     stage: StageConfig
+    module: nn.Module
     train: Callable[[int, int], float]
 
     def slices(self, done: int) -> list[tuple[int, int]]:
@@ -63,6 +69,7 @@ class TrainingRun:
         device: Where to train.
         start: Whose weights to begin with, for fine-tuning.
         hold_out: The share of patients that is never trained on, to measure with.
+        pictures: Look at cases at every save; they show real patients and stay in the folder.
 
     Raises:
         ConfigError: The folder holds another run, or ``start`` is of another architecture.
@@ -81,26 +88,29 @@ class TrainingRun:
         device: torch.device | str = "cpu",
         start: Checkpoint | None = None,
         hold_out: float = 0.0,
+        pictures: bool = True,
     ) -> None:
         self.folder, self.preset, self.seed, self.start = folder, preset, seed, start
         self.data, self.held_out = split_patients(data, hold_out)
         self.device = torch.device(device)
         self._report, self._log = progress, None
         self.autoencoder, self.denoiser = self._build()
-        self._optimisers = {
-            STAGE1: make_optimiser(self.autoencoder, preset.stage1),
-            STAGE2: make_optimiser(self.denoiser, preset.stage2),
-        }
+        self._adversary = build_adversary(preset.stage1.losses.adversarial, self.device)
+        self.phases = [Phase(STAGE1, preset.stage1, self.autoencoder, self._train_stage1)]
+        if preset.texture.steps and self.autoencoder.texture is not None:
+            self.phases.append(Phase(TEXTURE, preset.texture, self.autoencoder.texture, self._train_texture))
+        self.phases.append(Phase(STAGE2, preset.stage2, self.denoiser, self._train_stage2))
+        self._optimisers = {phase.name: make_optimiser(phase.module, phase.stage) for phase in self.phases}
         self.parts: dict[str, Stateful] = {
             "autoencoder": self.autoencoder,
             "denoiser": self.denoiser,
             **{f"optimiser of {name}": optimiser for name, optimiser in self._optimisers.items()},
         }
-        self.phases = [
-            Phase(STAGE1, preset.stage1, self._train_stage1),
-            Phase(STAGE2, preset.stage2, self._train_stage2),
-        ]
+        self._average = Ema(self.denoiser, preset.denoiser.ema) if preset.denoiser.ema else None
+        optional = {"adversary": self._adversary, "average of the denoiser": self._average}
+        self.parts |= {name: part for name, part in optional.items() if part is not None}
         self.position = {phase.name: 0 for phase in self.phases}
+        self._watch = Watch(folder, self.data, self.held_out, seed, self.device) if pictures or hold_out else None
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / RESUME).is_file():
             self._resume()
@@ -111,7 +121,7 @@ class TrainingRun:
             for first, steps in phase.slices(self.position[phase.name]):
                 phase.train(first, steps)
                 self.position[phase.name] = first + steps
-                self._save()
+                self._save(phase.name)
         if self._log is not None:
             self._log.close()
         return load_checkpoint(self.folder).card
@@ -133,24 +143,35 @@ class TrainingRun:
         return train_stage1(
             self.autoencoder, self._augmented(self.preset.stage1), self.preset.stage1, steps=steps,
             first_step=first_step, total_steps=self.preset.stage1.steps, seed=self.seed, progress=self._note,
-            optimiser=self._optimisers[STAGE1],
+            optimiser=self._optimisers[STAGE1], adversary=self._adversary,
+        )  # fmt: skip
+
+    def _train_texture(self, first_step: int, steps: int) -> float:
+        return train_texture(
+            self.autoencoder, self._augmented(self.preset.texture), self.preset.texture, steps=steps,
+            first_step=first_step, total_steps=self.preset.texture.steps, seed=self.seed + 2, progress=self._note,
+            optimiser=self._optimisers[TEXTURE],
         )  # fmt: skip
 
     def _train_stage2(self, first_step: int, steps: int) -> float:
         return train_stage2(
-            self.denoiser, self._latents, self.preset.stage2, steps=steps, first_step=first_step,
+            self.denoiser, self.latents, self.preset.stage2, steps=steps, first_step=first_step,
             total_steps=self.preset.stage2.steps, seed=self.seed + 1, progress=self._note,
-            optimiser=self._optimisers[STAGE2],
+            optimiser=self._optimisers[STAGE2], ema=self._average,
         )  # fmt: skip
 
     def _augmented(self, stage: StageConfig) -> TrainingSet:
         return replace(self.data, augment=stage.augment)
 
     @cached_property
-    def _latents(self) -> LatentSet:
+    def latents(self) -> LatentSet:
         """Encode the patients once, when stage 1 is done."""
         with memory_advice("encoding the scans", "Choose a smaller window in the preset, or use less data."):
             return encode_latents(self.autoencoder, self._augmented(self.preset.stage2), seed=self.seed)
+
+    @cached_property
+    def _held_out_latents(self) -> LatentSet | None:
+        return encode_latents(self.autoencoder, self.held_out, seed=self.seed) if self.held_out else None
 
     @property
     def log(self) -> TrainingLog:
@@ -174,14 +195,26 @@ class TrainingRun:
         text = json.dumps([self.preset.digest, self.data.schema.digest, self.seed, sets, start, rank_and_size()[1]])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _save(self) -> None:
-        """Write logs, checkpoint and, last, the state to resume from: a kill in between repeats the slice."""
+    def _save(self, stage: str) -> None:
+        """Write checkpoint, logs and, last, the state to resume from: a kill in between repeats the slice."""
         if rank_and_size()[0] == 0:
-            self.log.flush()
             self._checkpoint()
+            self._look(stage)
+            self.log.flush()
             write_state(self.folder / RESUME, self.parts, {"run": self._identity, "position": self.position})
         if rank_and_size()[1] > 1:
             distributed.barrier()
+
+    def _look(self, stage: str) -> None:
+        """Measure on patients held out, and let the watch look at cases."""
+        step = self.position[stage]
+        if stage == STAGE2 and self._held_out_latents is not None:
+            with self._average.applied() if self._average else nullcontext():
+                loss = held_out_loss(self.denoiser, self._held_out_latents, seed=self.seed)
+                self.log.measure(stage, step, {"held-out loss": loss})
+        if self._watch is not None:
+            samples = self.position[STAGE2] > 0
+            self._watch.look(stage, step, self.autoencoder, self.log, samples=samples)
 
     def _resume(self) -> None:
         notes, states = read_state(self.folder / RESUME)
@@ -195,6 +228,7 @@ class TrainingRun:
             part.load_state_dict(states[name])
 
     def _checkpoint(self) -> ModelCard:
+        begun = self.position[STAGE2] > 0
         held = f", {len(self.held_out)} more held out" if self.held_out else ""
         return save_checkpoint(
             self.folder,
@@ -203,7 +237,7 @@ class TrainingRun:
             schema=self.data.schema,
             modalities=sorted({p.modality for p in self.data.patients}),
             autoencoder=self.autoencoder.state_dict(),
-            denoiser=self.denoiser.state_dict() if self.position[STAGE2] else None,
+            denoiser=(self._average.weights() if self._average else self.denoiser.state_dict()) if begun else None,
             steps=dict(self.position),
             training_data=f"{len(self.data)} pairs of scan and label map on one machine{held}.",
         )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -72,6 +73,31 @@ def _damaged(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
+def _no_spacing(folder: Path) -> None:
+    content = bytearray(gzip.decompress((folder / "images" / "p1.nii.gz").read_bytes()))
+    for row in (288, 304, 320):  # srow_x, srow_y, srow_z: the third column of the affine
+        content[row : row + 4] = bytes(4)
+    (folder / "images" / "p1.nii.gz").write_bytes(gzip.compress(bytes(content)))
+
+
+def _flattened(folder: Path) -> None:
+    for kind, dtype in (("images", np.float32), ("labels", np.uint8)):
+        array = np.arange(144).reshape(12, 12, 1) % 3
+        write_nifti(folder / kind / "p1.nii.gz", array.astype(dtype), Geometry(np.eye(4), (12, 12, 1)))
+
+
+def _one_class(folder: Path) -> None:
+    for path in (folder / "labels").iterdir():
+        image = nib.Nifti1Image.from_filename(path)
+        write_nifti(path, np.ones(image.shape, np.uint8), Geometry(np.asarray(image.affine), image.shape))
+
+
+def _no_labels(folder: Path) -> None:
+    for path in (folder / "labels").iterdir():
+        image = nib.Nifti1Image.from_filename(path)
+        write_nifti(path, np.zeros(image.shape, np.uint8), Geometry(np.asarray(image.affine), image.shape))
+
+
 def _fractions(folder: Path) -> None:
     geometry = generate(1, Modality.MR, (12, 12, 12))[0].geometry
     write_nifti(folder / "labels" / "p1.nii.gz", np.full((12, 12, 12), 0.5, np.float32), geometry)
@@ -88,6 +114,10 @@ def _fractions(folder: Path) -> None:
         (_constant, "one value"),
         (_damaged, "cannot be read"),
         (_fractions, "no label map"),
+        (_no_spacing, "p1.nii.gz: The spacing is zero"),
+        (_flattened, "too thin"),
+        (_one_class, "one class only"),
+        (_no_labels, "background only"),
     ],
 )
 def test_bad_data_gives_one_line_and_exit_status_3(capsys, monkeypatch, folder, tmp_path, spoil, words):
@@ -108,6 +138,77 @@ def test_bad_settings_are_named(capsys, monkeypatch, folder, tmp_path):
     status, _, err = run(capsys, monkeypatch, *start, "--schema", "hippocampus")
     assert status == 3
     assert "does not name" in err
+
+
+def test_a_gpu_that_is_not_there_is_one_line(capsys, monkeypatch, folder, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    start = ("train", "--data", folder, "--out", tmp_path / "run")
+    status, _, err = run(capsys, monkeypatch, *start, "--device", "cuda")
+    assert status == 4
+    assert "no GPU" in err
+    assert err.count("\n") == 1
+    assert run(capsys, monkeypatch, *start, "--device", "tpu")[0] == 4
+
+
+def test_modalities_must_match_the_folders(capsys, monkeypatch, folder, tmp_path):
+    data = ("train", "--out", tmp_path / "run", "--data", folder, "--data", folder, "--data", folder)
+    status, _, err = run(capsys, monkeypatch, *data, "--modality", "CT", "--modality", "MR")
+    assert status == 2
+    assert "3 --data and 2 --modality" in err
+
+
+def test_two_modalities_train_one_model(capsys, monkeypatch, folder, tmp_path, preset):
+    for seed in range(2):
+        scan, labels = generate(seed, Modality.CT, (11, 13, 12))
+        write_nifti(tmp_path / "ct" / "images" / f"p{seed}.nii.gz", scan.array, scan.geometry)
+        write_nifti(tmp_path / "ct" / "labels" / f"p{seed}.nii.gz", labels.array, labels.geometry)
+    settings = tmp_path / "moment.yaml"
+    settings.write_text(preset.model_dump_json())  # JSON is YAML
+    words = (
+        "train", "--data", folder, "--modality", "MR", "--data", tmp_path / "ct", "--modality", "CT", "--schema",
+        "procedural", "--preset", settings, "--steps-scale", "0.0003", "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    status, out, err = run(capsys, monkeypatch, *words)
+    assert status == 0, err
+    made = json.loads(out)
+    assert made["pairs"] == 4
+    assert made["held_out"] == 0
+    card = json.loads((tmp_path / "run" / "card.json").read_text())
+    assert card["modalities"] == ["CT", "MR"]
+    assert sorted(p.name for p in (tmp_path / "run" / "pictures").iterdir()) == [
+        "stage1-000003.png", "stage2-000002.png",
+    ]  # fmt: skip
+    status, out, err = run(capsys, monkeypatch, *words[:-3], "--estimate", "--out", tmp_path / "no", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert set(found["phases"]) == {"stage 1", "stage 2"}
+    assert found["memory_bytes"] > 2**26
+    assert found["disk_bytes"] > (tmp_path / "run" / "resume.safetensors").stat().st_size
+    assert not (tmp_path / "no").exists()
+    status, out, err = run(
+        capsys, monkeypatch, "train", "--data", folder, "--from", tmp_path / "run", "--out", tmp_path / "tuned",
+        "--steps-scale", "0.5", "--no-pictures", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(out)["steps"] == {"stage 1": 2, "stage 2": 1}
+
+
+def test_any_affine_trains(capsys, monkeypatch, folder, tmp_path, preset):
+    turn = np.array([[0.8, -0.6, 0, 5], [0.6, 0.8, 0, -7], [0, 0, 1.2, 3], [0, 0, 0, 1]])
+    for kind in ("images", "labels"):
+        image = nib.Nifti1Image.from_filename(folder / kind / "p1.nii.gz")
+        array = np.asarray(image.dataobj)[:11, :9, :7]
+        write_nifti(folder / kind / "p1.nii.gz", array, Geometry(turn, array.shape))
+    settings = tmp_path / "moment.yaml"
+    settings.write_text(preset.model_dump_json())
+    status, _, err = run(
+        capsys, monkeypatch, "train", "--data", folder, "--preset", settings, "--steps-scale", "0.0001", "--out",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert status == 0, err
 
 
 def test_errors_are_json_on_request(capsys, monkeypatch, tmp_path):

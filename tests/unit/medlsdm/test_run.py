@@ -4,16 +4,24 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from medlsdm.anatomy import generate
 from medlsdm.checkpoints import load_checkpoint
-from medlsdm.errors import ConfigError, DataError, IntegrityError, SchemaError
-from medlsdm.training.patients import TrainingSet
+from medlsdm.errors import ConfigError, DataError, IntegrityError, ResourceError, SchemaError
+from medlsdm.models.vqgan import build_autoencoder
+from medlsdm.training.devices import memory_advice, recomputed_blocks
+from medlsdm.training.patients import TrainingSet, prepare
 from medlsdm.training.run import RESUME, TrainingRun
+from medlsdm.training.stage1 import on_device
+from medlsdm.training.watch import likeness
+from medlsdm.types import Modality
 
 WEIGHTS = ("autoencoder.safetensors", "denoiser.safetensors")
 
@@ -48,18 +56,18 @@ data = prepare([generate(seed, kind, (18, 22, 17)) for seed, kind in enumerate(k
 def note(progress):
     if f"{progress.stage} {progress.step}" == stop:
         os.kill(os.getpid(), signal.SIGKILL)
-TrainingRun(folder, preset, data, seed=4, progress=note).train()
+TrainingRun(folder, preset, data, seed=4, progress=note, pictures=False).train()
 """
 
 
 def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, preset, data):
     settings = short(preset)
-    whole = TrainingRun(tmp_path / "whole", settings, data, seed=4)
+    whole = TrainingRun(tmp_path / "whole", settings, data, seed=4, pictures=False)
     whole.train()
     (tmp_path / "preset.json").write_text(settings.model_dump_json())
     words = [sys.executable, "-c", PROGRAM, str(tmp_path / "killed"), str(tmp_path / "preset.json")]
-    # Within the first slice; on a slice's last step, before it is saved; on the first after a save; in stage 2.
-    for stop in ("stage 1 1", "stage 1 4", "stage 2 1", "stage 2 5", "never"):
+    # Within the second slice; on the last step of a slice, before it is saved; then on and to the end.
+    for stop in ("stage 1 3", "stage 2 2", "never"):
         done = subprocess.run([*words, stop], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
         assert done.returncode == (0 if stop == "never" else -signal.SIGKILL)
     for name in (*WEIGHTS, RESUME):
@@ -148,3 +156,97 @@ def test_logs_are_csv_with_rates_and_norms(tmp_path: Path, preset, data):
     assert [row[:2] for row in rows] == [["stage 1", "1"], ["stage 1", "2"], ["stage 1", "3"], ["stage 2", "1"]]
     assert all(float(value) > 0 for row in rows for value in row[2:])
     assert float(rows[1][3]) > float(rows[0][3])
+
+
+def test_running_out_of_memory_gives_advice(tmp_path, preset, data):
+    run = TrainingRun(tmp_path, short(preset, 1, 0), data, seed=0)
+    model = run.autoencoder
+    model.register_forward_pre_hook(lambda *_: torch.empty(2**55))  # the allocator's own error
+    with pytest.raises(ResourceError, match=r"Memory ran out in stage 1\. Lower batch") as caught:
+        run.train()
+    assert caught.value.exit_status == 12
+    with pytest.raises(RuntimeError, match="must match"), memory_advice("x", "y"):
+        torch.zeros(2) + torch.zeros(3)
+    with pytest.raises(ResourceError), memory_advice("x", "y"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_recomputing_blocks_changes_no_gradient(preset, data):
+    torch.manual_seed(0)
+    model = build_autoencoder(preset, len(data.schema.classes))
+    volumes, labels, _ = on_device(data.crops([0], None), model.n_classes, torch.device("cpu"))
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with recomputed_blocks(model, enabled):
+            torch.manual_seed(1)
+            model(volumes, labels).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_adversary_texture_and_average_resume_too(tmp_path, preset, data):
+    losses = preset.stage1.losses
+    adversarial = losses.adversarial.model_copy(
+        update={"weight": 0.1, "start": 0.0, "warmup": 1, "channels": 4, "discriminators": ("3d",)}
+    )
+    full = short(preset, 4, 2).model_copy(
+        update={
+            "autoencoder": preset.autoencoder.model_copy(update={"texture_channels": 8}),
+            "denoiser": preset.denoiser.model_copy(update={"ema": 0.9}),
+            "texture": preset.stage2.model_copy(update={"steps": 3, "save_every": 2}),
+        }
+    )
+    full = full.model_copy(
+        update={
+            "stage1": full.stage1.model_copy(update={"losses": losses.model_copy(update={"adversarial": adversarial})})
+        }
+    )
+    whole = TrainingRun(tmp_path / "whole", full, data, seed=0, pictures=False)
+    whole.train()
+    assert {"adversary", "average of the denoiser", "optimiser of texture"} <= whole.parts.keys()
+    for _ in range(8):  # a fresh process in effect: one slice, then all is read from the file
+        run = TrainingRun(tmp_path / "parts", full, data, seed=0, pictures=False)
+        run.phases = [
+            replace(phase, stage=phase.stage.model_copy(update={"steps": first + steps}))
+            for phase in run.phases
+            for first, steps in phase.slices(run.position[phase.name])[:1]
+        ][:1]
+        if run.phases:
+            run.train()
+    one, other = (load_file(tmp_path / folder / RESUME) for folder in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    weights = load_checkpoint(tmp_path / "whole").denoiser
+    assert weights is not None
+    assert any(not torch.equal(weights[key], value) for key, value in whole.denoiser.state_dict().items())
+
+
+def test_pictures_and_measures_come_with_every_save(tmp_path, preset):
+    patients = prepare([generate(seed, Modality.MR, (18, 22, 17)) for seed in range(13)], preset)
+    TrainingRun(tmp_path, short(preset, 2, 2), patients, seed=0, hold_out=0.4).train()
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["stage1-000002.png", "stage2-000002.png"]
+    measures = {(row[0], row[2]) for row in rows_of(tmp_path / "validation.csv")[1:]}
+    assert {("stage 1", "held-out psnr"), ("stage 2", "held-out loss"), ("stage 2", "copy rate")} <= measures
+
+
+def test_copies_are_told_from_chance():
+    rng = np.random.default_rng(0)
+    held_out = rng.normal(size=16)
+    assert not likeness(rng.normal(size=16), held_out).alarming
+    found = likeness(rng.normal(size=16) + 3, held_out)
+    assert found.alarming
+    assert found.copy_rate > 0.5
+
+
+def test_tensorboard_events_are_written_where_it_is_installed(tmp_path, preset, data):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = TrainingRun(tmp_path, short(preset, 20, 10, 10), data, seed=0)
+    run.train()
+    assert "tensorboard/" in run.log.description
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("stage 1/loss")] == [10, 20]
+    assert [event.step for event in events.Scalars("stage 2/loss")] == [30]
+    assert events.Images("stage 2/cases")
