@@ -108,15 +108,15 @@ class DenoiserConfig(Settings):
     """
 
     channels: tuple[int, ...] = (32, 64)
-    blocks: int = Field(1, ge=1)
-    label_width: int = Field(16, ge=1)
-    embedding_width: int = Field(64, ge=8)
+    blocks: int = Field(default=1, ge=1)
+    label_width: int = Field(default=16, ge=1)
+    embedding_width: int = Field(default=64, ge=8)
     norm: Literal["group", "voxel"] = "group"
-    attention: int = Field(0, ge=0)
-    label_dropout: float = Field(0.1, ge=0, le=1)
-    partial_labels: float = Field(0.0, ge=0, le=1)
-    modality_dropout: float = Field(0.0, ge=0, le=1)
-    ema: float = Field(0.0, ge=0, lt=1)
+    attention: int = Field(default=0, ge=0)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    partial_labels: float = Field(default=0.0, ge=0, le=1)
+    modality_dropout: float = Field(default=0.0, ge=0, le=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     objective: ObjectiveConfig = ObjectiveConfig()
 
 
@@ -193,10 +193,10 @@ class SamplingConfig(Settings):
     """
 
     sampler: SamplerName = "heun"
-    steps: int = Field(6, ge=1)
-    guidance: float = Field(1.0, ge=0)
+    steps: int = Field(default=6, ge=1)
+    guidance: float = Field(default=1.0, ge=0)
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    shift: float = Field(1.0, gt=0)
+    shift: float = Field(default=1.0, gt=0)
 
 
 class Preset(Settings):

@@ -45,6 +45,7 @@ def sample(
     objective: Objective = FLOW,
     seeds: Sequence[int] | None = None,
     shift: float = 1.0,
+    span: tuple[float, float] = (1.0, 0.0),
 ) -> Tensor:
     """Follow ``network`` from ``noise`` [B, C, X, Y, Z] to a sample in ``steps`` steps.
 
@@ -59,6 +60,7 @@ def sample(
         objective: What the network predicts.
         seeds: Of the samples; the ancestral sampler draws its fresh noise from them.
         shift: See ``time_grid``.
+        span: The times to start and to end at, if ``noise`` is not pure or the end is not to be clean.
 
     Raises:
         ConfigError: The ancestral sampler was given no seeds.
@@ -69,7 +71,7 @@ def sample(
     if method == "ancestral" and seeds is None:
         raise ConfigError("The ancestral sampler needs the samples' seeds.", "Give seeds, or take another sampler.")
     fresh = itertools.islice(noise_stream(seeds or (), noise.shape[1:]), 1, None)
-    times = time_grid(steps, shift)
+    times = span[1] + (span[0] - span[1]) * time_grid(steps, shift)
     levels = list(zip(*(level.tolist() for level in objective.levels(times)), strict=True))
 
     def look(x: Tensor, index: int) -> Estimate:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from medlsdm.config import DenoiserConfig, StageConfig
-from medlsdm.diffusion.objectives import Objective
+from medlsdm.diffusion.objectives import Network, Objective
+from medlsdm.diffusion.samplers import guided
 from medlsdm.models.ema import Ema
-from medlsdm.models.unet import ANY_MODALITY, WHOLE_VOLUME, SemanticUNet
+from medlsdm.models.unet import ANY_MODALITY, WHOLE_VOLUME, LabelGuidance, SemanticUNet
 from medlsdm.models.vqgan import VQGAN
 from medlsdm.training.loop import Report, autocast, device_of, fit
 from medlsdm.training.patients import TrainingSet
@@ -169,6 +170,24 @@ def train_stage2(
         denoiser, step_loss, stage, "stage 2", steps=steps, first_step=first_step, total_steps=total_steps,
         seed=seed, progress=progress, optimiser=optimiser, after_step=ema.update if ema is not None else None,
     )  # fmt: skip
+
+
+def network_of(denoiser: SemanticUNet, batch: LatentBatch, guidance: float = 1.0) -> Network:
+    """Return the denoiser as a function of noisy latents and time, under a batch's labels and conditions."""
+    conditions = batch.spacing, batch.modality, batch.position
+    x, y, z = batch.labels.shape[1:]
+    with autocast(batch.latents.device):
+        labelled = denoiser.prepare_labels(batch.labels)
+        null = denoiser.prepare_null(len(batch.labels), (x, y, z)) if guidance != 1 else labelled
+
+    def half(labels: LabelGuidance) -> Network:
+        def network(noisy: Tensor, times: Tensor) -> Tensor:
+            with autocast(noisy.device):
+                return denoiser(noisy, times, labels, *conditions)
+
+        return network
+
+    return guided(half(labelled), half(null), guidance)
 
 
 @torch.no_grad()
