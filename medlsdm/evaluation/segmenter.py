@@ -25,7 +25,7 @@ Labels = NDArray[np.integer[Any]]
 STRIDE = (8, 8, 8)
 CROP = (32, 48, 32)
 BATCH = 2
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 2e-3
 CALLBACK_EVERY = 50
 
 

@@ -14,7 +14,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ from model_picture import draw
 from model_table import render, rows
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from medlsdm.checkpoints import Checkpoint, load_checkpoint
 from medlsdm.checks import write_atomic
@@ -36,12 +39,13 @@ from medlsdm.evaluation.matched_noise import MatchedNoise
 from medlsdm.evaluation.segmenter import Segmenter, mean_dice, train_segmenter
 from medlsdm.evaluation.similarity import psnr, ssim
 from medlsdm.models.spade import one_hot
+from medlsdm.models.unet import SemanticUNet
 from medlsdm.synthesis import Synthesiser
 from medlsdm.training.folders import Pair, read_pairs
 from medlsdm.training.loop import Progress, autocast
 from medlsdm.training.patients import Patient, denormalise, mirror_to, prepare, round_up
 from medlsdm.training.run import TrainingRun
-from medlsdm.types import Modality, SemanticMap
+from medlsdm.types import Modality
 from medlsdm.volumes import to_ras
 
 DATA = Path("../shared/data/hippocampus")
@@ -126,11 +130,28 @@ def with_sampling(checkpoint: Checkpoint, **changes: object) -> Checkpoint | Non
     return replace(checkpoint, preset=preset)
 
 
-def network_calls(checkpoint: Checkpoint) -> int:
-    """Return how often one volume calls the denoiser."""
-    sampling = checkpoint.preset.sampling
-    calls = 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
-    return calls * (1 if sampling.guidance == 1 else 2)
+@contextmanager
+def count_calls() -> Iterator[list[int]]:
+    """Collect the batch size of every call of a denoiser."""
+    calls: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], _: object) -> None:
+        if isinstance(module, SemanticUNet):
+            calls.append(len(inputs[0]))
+
+    handle = register_module_forward_hook(note)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Name a way to draw: a checkpoint with its settings of sampling, and whether texture is left out."""
+
+    checkpoint: Checkpoint
+    smooth: bool = False
 
 
 def centred(volume: Volume, shape: Sequence[int]) -> Volume:
@@ -164,9 +185,8 @@ class SeedBench:
         content |= {"seed": self.seed, "train": len(self.train), "test": len(self.test), "cpu_seconds": cpu_seconds}
         keep("reconstruction", None, self._reconstruction)
         keep("sets", "real", self._real)
-        for name, checkpoint in self._variants().items():
-            if checkpoint is not None:
-                keep("sets", name, lambda c=checkpoint, n=name: self._judge(c, n))
+        for name, way in self._ways().items():
+            keep("sets", name, lambda w=way, n=name: self._judge(w, n))
         keep("sets", "noise", lambda: self._compare(self._noise(self._smooth_volumes), self.test))
         keep("sets", "reconstruction", lambda: self._compare(self._rebuilt(self.test), self.test))
         if self.checkpoint.preset.autoencoder.texture_channels:
@@ -187,16 +207,17 @@ class SeedBench:
         TrainingRun(run, self.plan.preset, self.train_set, seed=self.seed, progress=clock).train()
         return load_checkpoint(run), clock.seconds | {"all": sum(clock.seconds.values())}
 
-    def _variants(self) -> dict[str, Checkpoint | None]:
-        """Return the checkpoint's ways to draw: None for what it does not offer."""
+    def _ways(self) -> dict[str, Way]:
+        """Return the ways to draw that the checkpoint offers."""
         own = self.checkpoint
-        textured = own.preset.autoencoder.texture_channels > 0
-        return {
-            "default": own,
-            "smooth": with_sampling(own, texture=0) if textured else None,
+        ways = {"default": Way(own)}
+        if own.preset.autoencoder.texture_channels:
+            ways["smooth"] = Way(own, smooth=True)
+        changed = {
             "guided": with_sampling(own, guidance=GUIDANCE),
             "ancestral": with_sampling(own, sampler="ancestral", steps=self.plan.ancestral_steps, guidance=1.0),
         }
+        return ways | {name: Way(checkpoint) for name, checkpoint in changed.items() if checkpoint is not None}
 
     @cached_property
     def _segmenter(self) -> Segmenter:
@@ -239,34 +260,31 @@ class SeedBench:
         found = [self._yardstick.measure([self.train[i].image for i in rows]).to_json() for rows in draws]
         return {key: np.mean([f[key] for f in found], axis=0).tolist() for key in found[0]}
 
-    def _judge(self, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-        volumes, seconds = self._draw(checkpoint, [labels for _, labels in self.test_pairs], 1000 * self.seed)
-        self.results.content["seconds"][name] = seconds
-        self.results.content["calls"][name] = network_calls(checkpoint)
+    def _judge(self, way: Way, name: str) -> dict[str, Any]:
+        with count_calls() as calls:
+            next(iter(self._draw(way, self.test_pairs[:1], 0)))
+        started = time.process_time()
+        volumes = list(self._draw(way, self.test_pairs, 1000 * self.seed))
+        self.results.content["seconds"][name] = (time.process_time() - started) / len(volumes)
+        self.results.content["calls"][name] = sum(calls)
         return self._compare(volumes, self.test)
 
-    def _draw(self, checkpoint: Checkpoint, maps: Sequence[SemanticMap], seed: int) -> tuple[list[Volume], float]:
-        """Return volumes in about -1..1 and RAS, and the CPU seconds of one, drawn one by one."""
-        synthesiser = Synthesiser(checkpoint, threads=1)
-        synthesiser.synthesise(maps[0], seed=0, steps=2)
-        volumes, seconds = [], 0.0
-        for index, labels in enumerate(maps):
-            started = time.process_time()
+    def _draw(self, way: Way, pairs: Sequence[Pair], seed: int) -> Iterator[Volume]:
+        """Draw volumes in about -1..1 and RAS, one by one: as the product makes them, from seeds ``seed`` upwards."""
+        synthesiser = Synthesiser(way.checkpoint, threads=1, device="cpu", smooth=way.smooth)
+        for index, (_, labels) in enumerate(pairs):
             made = synthesiser.synthesise(labels, seed=seed + index)
-            seconds += time.process_time() - started
             low, high = denormalise(np.array([-1, 1], dtype=np.float32), made.modality)
             unit = (made.array - low) / (high - low) * 2 - 1
-            volumes.append(np.ascontiguousarray(to_ras(unit, made.geometry)[0], dtype=np.float32))
-        return volumes, seconds / len(maps)
+            yield np.ascontiguousarray(to_ras(unit, made.geometry)[0], dtype=np.float32)
 
     @cached_property
     def _smooth_volumes(self) -> list[Volume]:
-        checkpoint = self._variants()["smooth"] or self.checkpoint
-        return self._draw(checkpoint, [labels for _, labels in self.test_pairs], 1000 * self.seed)[0]
+        return list(self._draw(Way(self.checkpoint, smooth=True), self.test_pairs, 1000 * self.seed))
 
     @cached_property
     def _made_for_training(self) -> list[Volume]:
-        return self._draw(self.checkpoint, [labels for _, labels in self.train_pairs], 100_000 + 1000 * self.seed)[0]
+        return list(self._draw(Way(self.checkpoint), self.train_pairs, 100_000 + 1000 * self.seed))
 
     def _noise(self, smooth: Sequence[Volume]) -> list[Volume]:
         """Return smooth volumes with noise like what reconstructions of training volumes lack."""
@@ -302,13 +320,12 @@ class SeedBench:
         return mean_dice(self._segmenter, others, labels)
 
     def _montage(self) -> None:
-        some, maps = self.test[:PICTURED], [labels for _, labels in self.test_pairs[:PICTURED]]
+        some = self.test[:PICTURED]
         columns = {"real": [p.image for p in some], "rebuilt": self._rebuilt(some)}
         if self.checkpoint.preset.autoencoder.texture_channels:
             columns["rebuilt, textured"] = self._rebuilt(some, textured=True)
-        for name, checkpoint in self._variants().items():
-            if checkpoint is not None:
-                columns[f"synthetic, {name}"] = self._draw(checkpoint, maps, 1000 * self.seed)[0]
+        for name, way in self._ways().items():
+            columns[f"synthetic, {name}"] = list(self._draw(way, self.test_pairs[:PICTURED], 1000 * self.seed))
         columns["matched noise"] = self._noise(self._smooth_volumes[:PICTURED])
         draw(self.folder / "montage.png", columns, [p.labels for p in some])
 
