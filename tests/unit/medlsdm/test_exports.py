@@ -145,6 +145,7 @@ def test_the_bundles_program_makes_what_the_library_makes(tmp_path: Path, run_fo
         FolderSynthesis(synthesiser, tmp_path / "made" / "none", tmp_path / "more").run()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (importlib.util.find_spec("monai") and importlib.util.find_spec("fire")),
     reason="needs MONAI: pip install 'medlsdm[bench]'",
