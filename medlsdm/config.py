@@ -31,8 +31,8 @@ class AutoencoderConfig(Settings):
     no convolution runs at full resolution. ``channels`` and the numbers of residual blocks name one value
     for each scale after the stem, the finest first. There is one latent channel for each entry of
     ``levels``; ``codebook`` is the number of codes of the quantiser ``ema``. ``latent_noise`` is added to
-    latents (in -1..1) in training, so that they hold what stage 2 can predict and not the grain. ``texture_channels`` is the
-    width of the decoder that draws texture; 0 leaves it out, and volumes stay smooth.
+    latents in training, so that they hold what stage 2 can predict and not the grain. ``texture_channels``
+    is the width of the decoder that draws texture; 0 leaves it out, and volumes stay smooth.
     """
 
     strides: Triple = (4, 4, 4)

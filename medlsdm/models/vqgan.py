@@ -87,18 +87,21 @@ class VQGAN(nn.Module):
                 h = block(h)
         return self.quantiser.bound(self.to_latents(h))
 
-    def decode(self, latents: Tensor, one_hot: Tensor, noise: Tensor | None = None) -> Tensor:
+    def decode(
+        self, latents: Tensor, one_hot: Tensor, noise: Tensor | None = None, grain: Tensor | None = None
+    ) -> Tensor:
         """Round the latents and decode them.
 
         Args:
             latents: Not standardised, [B, C, x, y, z].
             one_hot: [B, K, X, Y, Z], all zero where nothing is known.
             noise: Standard normal, [B, 1, X, Y, Z]: draws texture from it. Without, the volume is smooth.
+            grain: How strong the texture is, [B], standard normal over scans; the mean if absent.
         """
         features, smooth = self.decode_features(latents, one_hot)
         if noise is None or self.texture is None:
             return smooth
-        return smooth + self.texture(features, smooth, noise)
+        return smooth + self.texture(features, smooth, noise, grain)
 
     def decode_features(self, latents: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
         """Return the decoder's last features [B, C, X / patch, ...] and the smooth volume."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import distributed, nn
 
@@ -23,17 +24,19 @@ from medlsdm.models.unet import SemanticUNet, build_denoiser
 from medlsdm.models.vqgan import VQGAN, build_autoencoder
 from medlsdm.training.adversary import build_adversary
 from medlsdm.training.devices import memory_advice, rank_and_size
+from medlsdm.training.likeness import PatchCritic
 from medlsdm.training.logs import TrainingLog
 from medlsdm.training.loop import Progress, Report, make_optimiser
+from medlsdm.training.memorisation import memorisation_rate
 from medlsdm.training.patients import TrainingSet, split_patients
 from medlsdm.training.stage1 import train_stage1
 from medlsdm.training.stage2 import LatentSet, encode_latents, held_out_loss, train_stage2
 from medlsdm.training.state import Stateful, read_state, write_state
-from medlsdm.training.texture import train_texture
+from medlsdm.training.texture import LatentSamples, draw_samples, train_texture
 from medlsdm.training.watch import Watch
 
 RESUME = "resume.safetensors"
-STAGE1, TEXTURE, STAGE2 = "stage 1", "texture", "stage 2"
+STAGE1, STAGE2, TEXTURE = "stage 1", "stage 2", "texture"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +100,11 @@ class TrainingRun:
         self.autoencoder, self.denoiser = self._build()
         self._adversary = build_adversary(preset.stage1.losses.adversarial, self.device)
         self.phases = [Phase(STAGE1, preset.stage1, self.autoencoder, self._train_stage1)]
-        if preset.texture.steps and self.autoencoder.texture is not None:
-            self.phases.append(Phase(TEXTURE, preset.texture, self.autoencoder.texture, self._train_texture))
         self.phases.append(Phase(STAGE2, preset.stage2, self.denoiser, self._train_stage2))
+        self._critic = None
+        if preset.texture.steps and self.autoencoder.texture is not None:
+            self._critic = PatchCritic().to(self.device)
+            self.phases.append(Phase(TEXTURE, preset.texture, self.autoencoder.texture, self._train_texture))
         self._optimisers = {phase.name: make_optimiser(phase.module, phase.stage) for phase in self.phases}
         self.parts: dict[str, Stateful] = {
             "autoencoder": self.autoencoder,
@@ -107,7 +112,7 @@ class TrainingRun:
             **{f"optimiser of {name}": optimiser for name, optimiser in self._optimisers.items()},
         }
         self._average = Ema(self.denoiser, preset.denoiser.ema) if preset.denoiser.ema else None
-        optional = {"adversary": self._adversary, "average of the denoiser": self._average}
+        optional = {"adversary": self._adversary, "average of the denoiser": self._average, "critic": self._critic}
         self.parts |= {name: part for name, part in optional.items() if part is not None}
         self.position = {phase.name: 0 for phase in self.phases}
         self._watch = Watch(folder, self.data, self.held_out, seed, self.device) if pictures or hold_out else None
@@ -150,8 +155,14 @@ class TrainingRun:
         return train_texture(
             self.autoencoder, self._augmented(self.preset.texture), self.preset.texture, steps=steps,
             first_step=first_step, total_steps=self.preset.texture.steps, seed=self.seed + 2, progress=self._note,
-            optimiser=self._optimisers[TEXTURE],
+            optimiser=self._optimisers[TEXTURE], samples=self._samples, critic=self._critic,
         )  # fmt: skip
+
+    @cached_property
+    def _samples(self) -> LatentSamples:
+        """Draw synthetic latents once, when stage 2 is done."""
+        with self._average.applied() if self._average else nullcontext():
+            return draw_samples(self.autoencoder, self.denoiser, self.latents, seed=self.seed + 10_000)
 
     def _train_stage2(self, first_step: int, steps: int) -> float:
         return train_stage2(
@@ -212,6 +223,9 @@ class TrainingRun:
             with self._average.applied() if self._average else nullcontext():
                 loss = held_out_loss(self.denoiser, self._held_out_latents, seed=self.seed)
                 self.log.measure(stage, step, {"held-out loss": loss})
+                if len(np.unique(self._held_out_latents.patient)) > 1:
+                    rate = memorisation_rate(self.denoiser, self.latents, self._held_out_latents, seed=self.seed)
+                    self.log.measure(stage, step, {"memorisation rate": rate})
         if self._watch is not None:
             samples = self.position[STAGE2] > 0
             self._watch.look(stage, step, self.autoencoder, self.log, samples=samples)

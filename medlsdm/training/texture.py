@@ -1,122 +1,52 @@
-"""Teach the texture decoder by a proper score: no adversary, and nothing to collapse.
-
-Two draws for one real crop are compared with it through fresh random filters in every step. Each filter's
-responses are scored by the energy score, E|a - y| - E|a - b| / 2, which is least only when draws and
-reality have one distribution; over all filters that pins the distribution of whole patches down. It is a
-mean over patients, with no second network and no statistics of the data.
-
-Source: Gneiting and Raftery, Strictly Proper Scoring Rules (JASA 2007), section 4.3; generative networks
-trained so: Pacchiardi et al. (arXiv 2112.08217).
-"""
+"""Teach the texture decoder: an energy score on real volumes, then likeness of synthetic ones."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from medlsdm.config import Preset, StageConfig
 from medlsdm.errors import ConfigError
+from medlsdm.models.spade import one_hot
+from medlsdm.models.texture import TextureDecoder, grain_strength
+from medlsdm.models.unet import SemanticUNet
 from medlsdm.models.vqgan import VQGAN
+from medlsdm.training.energy import texture_score
+from medlsdm.training.likeness import PatchCritic
 from medlsdm.training.loop import Report, autocast, device_of, fit
+from medlsdm.training.memorisation import draw_latents
 from medlsdm.training.patients import TrainingSet
-from medlsdm.training.stage1 import on_device, train_stage1
+from medlsdm.training.stage1 import STATISTICS_PATIENTS, on_device, train_stage1
+from medlsdm.training.stage2 import LatentSet
 
-FILTERS = 32
-GROUP = 4
-"""Responses that are scored as one vector, so that what goes together is seen together."""
+MATCHING_WEIGHT = 0.005
+MATCHED_SHARE = 0.5
+"""The last part of the schedule, in which synthetic volumes are matched too."""
 
-VOXEL_WEIGHT = 0.3
-CURVED_WEIGHT = 0.5
+CRITIC_CROPS = 640
+SAMPLES = 160
+SAMPLING_STEPS = 4
+SEED = 20_251
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Say what random filters look at: ``kernel`` voxels wide, at every ``stride``-th place, halved first or not.
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class LatentSamples:
+    """Hold what the denoiser drew under training maps.
 
-    ``sharp`` filters have the mean of their surroundings taken out, so that they see the finest grain.
+    ``latents`` [M, C, x, y, z] are as the decoder takes them, ``labels`` [M, X, Y, Z] are class indices, and
+    ``shapes`` [M, 3] tell how much of each window is no padding.
     """
 
-    kernel: int
-    stride: int
-    halved: bool = False
-    sharp: bool = False
-
-
-PROBES = (Probe(3, 2, sharp=True), Probe(5, 3), Probe(5, 3, sharp=True), Probe(5, 2, halved=True))
-
-
-def energy_score(first: Tensor, second: Tensor, real: Tensor, group: int = 1) -> Tensor:
-    """Return the energy score of two draws against reality, over its size for typical values.
-
-    Args:
-        first: Responses [B, F, ...] of one draw.
-        second: Responses of another draw for the same input.
-        real: Responses of the real crop.
-        group: So many neighbouring responses are one vector; F is a multiple.
-    """
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        if group == 1:
-            return (a - b).abs()
-        return ((a - b).unflatten(1, (-1, group)).square().sum(2) + 1e-8).sqrt()
-
-    score = 0.5 * (distance(first, real) + distance(second, real)) - 0.5 * distance(first, second)
-    axes = (0, *range(2, real.ndim))
-    size = distance(real, real.mean(axes, keepdim=True)).mean(axes, keepdim=True).detach()
-    return (score / (size + 1e-4)).mean()
-
-
-def texture_score(first: Tensor, second: Tensor, real: Tensor, smooth: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return the mean energy score through fresh random filters, linear and curved, and by voxel.
-
-    All tensors are [B, 1, X, Y, Z]. Linear filters look at what is left of ``smooth``.
-    """
-    volumes = torch.cat([first, second, real])
-    residuals = volumes - torch.cat([smooth] * 3)
-    total = VOXEL_WEIGHT * _score(residuals, 1)
-    with autocast(real.device):
-        for probe in PROBES:
-            total = total + _score(_look(residuals, probe, rng), GROUP) / len(PROBES)
-        return total + CURVED_WEIGHT * _score(_look_curved(volumes, rng), GROUP)
-
-
-def _score(responses: Tensor, group: int) -> Tensor:
-    first, second, real = responses.float().chunk(3)
-    return energy_score(first, second, real, group)
-
-
-def _filters(inputs: int, outputs: int, kernel: int, device: torch.device, *, sharp: bool = False) -> Tensor:
-    """Draw filters of unit length."""
-    filters = torch.randn(outputs, inputs, kernel, kernel, kernel)
-    if sharp:
-        filters = filters - functional.avg_pool3d(filters, 3, 1, 1, count_include_pad=False)
-    return (filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)).to(device)
-
-
-def _shift(volumes: Tensor, stride: int, rng: np.random.Generator) -> Tensor:
-    """Begin at a random place below ``stride``, so that strided filters see every place in time."""
-    x, y, z = (int(n) for n in rng.integers(stride, size=3))
-    return volumes[:, :, x:, y:, z:]
-
-
-def _look(residuals: Tensor, probe: Probe, rng: np.random.Generator) -> Tensor:
-    if probe.halved:
-        residuals = functional.avg_pool3d(_shift(residuals, 2, rng), 2)
-    kernel = min(probe.kernel, *(n - probe.stride + 1 for n in residuals.shape[2:]))
-    filters = _filters(1, FILTERS, kernel, residuals.device, sharp=probe.sharp)
-    return functional.conv3d(_shift(residuals, probe.stride, rng), filters, stride=probe.stride)
-
-
-def _look_curved(volumes: Tensor, rng: np.random.Generator) -> Tensor:
-    """Look through two layers with a bend between: sees how grain goes with brightness and edges."""
-    device = volumes.device
-    hidden = functional.conv3d(_shift(volumes, 2, rng), 2 * _filters(1, 16, 3, device))
-    hidden = _shift(functional.leaky_relu(hidden, 0.2), 2, rng)
-    return functional.conv3d(hidden, _filters(16, FILTERS, 3, device), stride=3)
+    latents: Tensor
+    labels: NDArray[Any]
+    shapes: NDArray[np.int64]
 
 
 def train_texture(
@@ -130,8 +60,13 @@ def train_texture(
     seed: int,
     progress: Report | None = None,
     optimiser: torch.optim.Optimizer | None = None,
+    samples: LatentSamples | None = None,
+    critic: PatchCritic | None = None,
 ) -> float:
-    """Train ``model.texture``; the rest of the autoencoder stays as it is. Arguments as in ``train_stage1``.
+    """Train ``model.texture``; the rest of the autoencoder stays as it is. Other arguments as in ``train_stage1``.
+
+    With ``samples`` and a ``critic``, kept between slices, the last part of the schedule also brings volumes
+    of synthetic latents nearer to real ones.
 
     Raises:
         ConfigError: The preset gives the autoencoder no texture decoder.
@@ -139,24 +74,105 @@ def train_texture(
     texture = model.texture
     if texture is None:
         raise ConfigError("The preset has no texture decoder to train.", "Set autoencoder.texture_channels.")
-    device = device_of(model)
     model.eval()
+    if first_step == 0:
+        measure_grain(model, data, stage)
+        if critic is not None:
+            critic.learn(_real_crops(data, stage, device_of(model)))
+    begin = (1 - MATCHED_SHARE) * (total_steps or first_step + steps)
+    numbers = count(first_step)
 
     def step_loss(rng: np.random.Generator) -> Tensor:
-        batch = data.crops(rng.integers(len(data), size=stage.batch), rng, stage.crop)
-        volumes, labels, mask = on_device(batch, model.n_classes, device)
-        with autocast(device):
-            with torch.no_grad():
-                features, smooth = model.decode_features(model.encode(volumes), labels)
-            noise = torch.randn(2 * len(volumes), *volumes.shape[1:]).to(device)
-            drawn = texture(torch.cat([features] * 2), torch.cat([smooth] * 2), noise)
-        first, second = ((smooth + grain).clamp(-1, 1) * mask for grain in drawn.chunk(2))
-        return texture_score(first, second, volumes * mask, smooth * mask, rng)
+        loss = _score_of_batch(model, texture, data, stage, rng)
+        if next(numbers) >= begin and samples is not None and critic is not None:
+            loss = loss + MATCHING_WEIGHT * critic.pull(_draw_synthetic(model, texture, samples, data, stage, rng))
+        return loss
 
     return fit(
         texture, step_loss, stage, "texture", steps=steps, first_step=first_step,
         total_steps=total_steps, seed=seed, progress=progress, optimiser=optimiser,
     )  # fmt: skip
+
+
+def _score_of_batch(
+    model: VQGAN, texture: TextureDecoder, data: TrainingSet, stage: StageConfig, rng: np.random.Generator
+) -> Tensor:
+    """Return the score of two draws for crops of real volumes, told how strong their grain is."""
+    device = device_of(model)
+    batch = data.crops(rng.integers(len(data), size=stage.batch), rng, stage.crop)
+    volumes, labels, mask = on_device(batch, model.n_classes, device)
+    with autocast(device):
+        with torch.no_grad():
+            features, smooth = model.decode_features(model.encode(volumes), labels)
+        grain = texture.standard_grain(volumes - smooth, mask)
+        noise = torch.randn(2 * len(volumes), *volumes.shape[1:]).to(device)
+        drawn = texture(torch.cat([features] * 2), torch.cat([smooth] * 2), noise, torch.cat([grain] * 2))
+    first, second = ((smooth + residual).clamp(-1, 1) * mask for residual in drawn.chunk(2))
+    return texture_score(first, second, volumes * mask, smooth * mask, rng)
+
+
+def _draw_synthetic(
+    model: VQGAN, texture: TextureDecoder, samples: LatentSamples, data: TrainingSet, stage: StageConfig,
+    rng: np.random.Generator,
+) -> Tensor:  # fmt: skip
+    """Return textured crops [B, 1, X, Y, Z] of synthetic volumes; the gradient reaches the texture decoder alone."""
+    device, size = device_of(model), stage.crop or data.window
+    latents, labels = [], []
+    for index in rng.integers(len(samples.latents), size=stage.batch):
+        room = [
+            max(0, have - want) // s for have, want, s in zip(samples.shapes[index], size, data.strides, strict=True)
+        ]
+        starts = [int(rng.integers(r + 1)) for r in room]
+        x, y, z = (slice(a, a + want // s) for a, want, s in zip(starts, size, data.strides, strict=True))
+        u, v, w = (slice(a * s, a * s + want) for a, want, s in zip(starts, size, data.strides, strict=True))
+        latents.append(samples.latents[index][:, x, y, z])
+        labels.append(samples.labels[index][u, v, w])
+    classes = torch.from_numpy(np.stack(labels).astype(np.int32)).to(device)
+    with autocast(device):
+        with torch.no_grad():
+            features, smooth = model.decode_features(
+                torch.stack(latents).to(device), one_hot(classes, model.n_classes)
+            )  # fmt: skip
+        noise, grain = torch.randn(smooth.shape).to(device), torch.randn(len(smooth)).to(device)
+        drawn = smooth + texture(features, smooth, noise, grain)
+    # Values beyond the range are cut, as they are in the end; the gradient passes straight through.
+    return drawn + (drawn.clamp(-1, 1) - drawn).detach()
+
+
+@torch.no_grad()
+def measure_grain(model: VQGAN, data: TrainingSet, stage: StageConfig) -> None:
+    """Write mean and mean square of the grain's strength over patients into the texture decoder's buffers."""
+    assert model.texture is not None
+    device, rng = device_of(model), np.random.default_rng(SEED)
+    found = []
+    for index in np.linspace(0, len(data) - 1, min(len(data), STATISTICS_PATIENTS)).round().astype(int):
+        volumes, labels, mask = on_device(data.crops([int(index)], rng, stage.crop), model.n_classes, device)
+        with autocast(device):
+            smooth = model.decode(model.encode(volumes), labels)
+        found.append(grain_strength(volumes - smooth, mask))
+    model.texture.grain_mean.copy_(torch.cat(found).mean())
+    model.texture.grain_mean_square.copy_(torch.cat(found).square().mean())
+
+
+def _real_crops(data: TrainingSet, stage: StageConfig, device: torch.device) -> Iterator[Tensor]:
+    """Cut a few crops of each patient for the critic."""
+    rng = np.random.default_rng(SEED)
+    for _ in range(min(4, max(1, CRITIC_CROPS // len(data)))):
+        for index in range(len(data)):
+            yield torch.from_numpy(np.ascontiguousarray(data.crops([index], rng, stage.crop).images)).to(device)
+
+
+def draw_samples(model: VQGAN, denoiser: SemanticUNet, latents: LatentSet, *, seed: int) -> LatentSamples:
+    """Draw latents under the label maps of at most ``SAMPLES`` patients, from the central crop of each."""
+    count = len(np.unique(latents.patient))
+    chosen = np.linspace(0, count - 1, min(count, SAMPLES)).round().astype(int)
+    drawn = draw_latents(denoiser, latents, chosen, seeds=range(seed, seed + len(chosen)), steps=SAMPLING_STEPS)
+    real = latents.mask[chosen, 0] > 0
+    inside = [real.any(axis=tuple({1, 2, 3} - {axis})).sum(1) for axis in (1, 2, 3)]
+    strides = np.array(model.config.strides)
+    with torch.no_grad():
+        raw = model.unstandardise(torch.as_tensor(drawn).to(device_of(model))).cpu()
+    return LatentSamples(raw, latents.labels[chosen], np.stack(inside, axis=1) * strides)
 
 
 def train_first_stage(

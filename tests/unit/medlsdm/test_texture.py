@@ -8,8 +8,9 @@ from medlsdm.config import Preset, StageConfig
 from medlsdm.errors import ConfigError
 from medlsdm.models.texture import TextureDecoder
 from medlsdm.models.vqgan import build_autoencoder
+from medlsdm.training.energy import energy_score, texture_score
 from medlsdm.training.patients import TrainingSet
-from medlsdm.training.texture import energy_score, texture_score, train_first_stage, train_texture
+from medlsdm.training.texture import train_first_stage, train_texture
 
 
 @pytest.fixture
