@@ -16,7 +16,7 @@ from medlsdm.memory import Plan
 from medlsdm.models.spade import cut_activations
 from medlsdm.models.unet import LabelGuidance, SemanticUNet
 from medlsdm.models.vqgan import VQGAN
-from medlsdm.noise import NoiseField
+from medlsdm.noise import NoiseField, grain_of
 from medlsdm.training.patients import round_up
 from medlsdm.types import SemanticMap
 from medlsdm.volumes import to_ras
@@ -25,7 +25,7 @@ from medlsdm.windows import Slices, Triple, Window, total_weights, windows
 _PLANES = 32
 
 Conditions = tuple[Tensor, Tensor]
-"""Spacing [B, 3] in mm and index of the modality [B]."""
+"""Spacing [1, 3] in mm and index of the modality [1], of the whole batch."""
 
 
 class LabelSource:
@@ -110,8 +110,9 @@ class WindowedNetwork:
         if self._total is not None:
             starts = [span.start / size for span, size in zip(window.spans, self._shape, strict=True)]
             extents = [own / size for own, size in zip(window.shape, self._shape, strict=True)]
-            place = torch.tensor([starts + extents], device=latents.device).expand(len(latents), -1)
-        return self._denoiser(latents, times, guidance, *self._conditions, place)
+            place = torch.tensor([starts + extents], device=latents.device)
+        # One row of conditions for all: a matrix product of several rows rounds otherwise than one alone.
+        return self._denoiser(latents, times[:1].to(latents.device), guidance, *self._conditions, place)
 
     def _guide(self, window: Window) -> LabelGuidance:
         x, y, z = (span.start for span in window.spans)
@@ -134,11 +135,11 @@ def read_labels(sources: Sequence[LabelSource], box: Slices, device: torch.devic
 class TileDecoder:
     """Hold a function that decodes any box of latents, and how far it looks.
 
-    ``decode``: latents [B, C, x, y, z], class indices [B, X, Y, Z] and noise (as the indices, or None) to
-    volumes [B, 1, X, Y, Z]. ``halo``: its receptive field in latent voxels. ``noisy``: whether it takes noise.
+    ``decode``: latents [B, C, x, y, z], class indices [B, X, Y, Z], noise (as the indices) and grain [B], which
+    may be None, to volumes [B, 1, X, Y, Z]. ``halo``: its receptive field in latent voxels. ``noisy``: whether it takes noise.
     """
 
-    decode: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    decode: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     halo: int
     noisy: bool
 
@@ -176,11 +177,12 @@ def decode_tiles(
     """
     x, y, z = latents.shape[2:]
     fields = [NoiseField(seed, sources[0].padded) for seed in seeds] if decoder.noisy else []
+    grain = torch.tensor([grain_of(seed) for seed in seeds], device=latents.device) if decoder.noisy else None
     for tile in windows((x, y, z), parts, decoder.halo):
         box = scaled(tile.read, strides)
         labels = read_labels(sources, box, latents.device)
         noise = torch.from_numpy(np.stack([f.read(box) for f in fields])).to(latents.device) if fields else None
-        volumes = _cut(decoder.decode(_cut(latents, tile.read), labels, noise), scaled(tile.inside, strides))
+        volumes = _cut(decoder.decode(_cut(latents, tile.read), labels, noise, grain), scaled(tile.inside, strides))
         for index, source in enumerate(sources):
             u, v, w = (
                 slice(part.start, max(part.start, min(part.stop, size)))

@@ -9,8 +9,13 @@ from numpy.typing import NDArray
 
 from medlsdm.windows import Slices, Triple
 
-_STREAM = 0x7E17
-"""Keeps these draws apart from others made of the same seed."""
+_STREAM, _GRAIN = 0x7E17, 0x6A1
+"""Keep these draws apart from others made of the same seed."""
+
+
+def grain_of(seed: int) -> float:
+    """Draw how strong a sample's grain is, from a standard normal: one value for the whole volume."""
+    return float(np.random.default_rng([seed, _GRAIN]).standard_normal())
 
 
 class NoiseField:

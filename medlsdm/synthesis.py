@@ -48,7 +48,7 @@ from medlsdm.volumes import to_ras
 from medlsdm.windows import Slices, Triple, windows
 
 LARGEST_BATCH = 8
-BATCH_VOXELS = {"cpu": 2**14, "cuda": 2**18}
+BATCH_VOXELS = 2**14
 """Latent voxels up to which a batch is filled: beyond, drawing several at once saves no time."""
 
 SMALL_GRID = 2**13
@@ -81,6 +81,11 @@ class Draft:
     labels: SemanticMap
     source: LabelSource
     seed: int
+
+    def fits(self, other: Draft) -> bool:
+        """Tell whether both can be drawn in one batch: of one size, and with one spacing."""
+        mine, theirs = self.source, other.source
+        return mine.padded == theirs.padded and mine.geometry.spacing == theirs.geometry.spacing
 
 
 class Synthesiser:
@@ -177,7 +182,7 @@ class Synthesiser:
         plan = Plan()
         for labels, seed in wanted:
             draft = self._draft(labels, seed)
-            if waiting and (len(waiting) == plan.batch or draft.source.padded != waiting[0].source.padded):
+            if waiting and (len(waiting) == plan.batch or not draft.fits(waiting[0])):
                 yield from self._draw(waiting, order, plan)
                 waiting = []
             if not waiting:
@@ -221,7 +226,7 @@ class Synthesiser:
         """Return standardised latents [B, C, x, y, z]."""
         sources, seeds = [draft.source for draft in drafts], [draft.seed for draft in drafts]
         shape, (halo, align, _) = self._latent_shape(sources[0]), self._reach()
-        conditions = self._conditions([source.geometry for source in sources], order.modality)
+        conditions = self._conditions(sources[0].geometry, order.modality)
         cut = windows(shape, plan.sampling_parts, halo, align)
         whole = slice(0, sources[0].padded[0]), slice(0, sources[0].padded[1]), slice(0, sources[0].padded[2])
         pyramid = self._denoiser.labels(read_labels(sources, whole, self._device))
@@ -236,9 +241,9 @@ class Synthesiser:
             objective=Objective(self.checkpoint.preset.denoiser.objective),
         )  # fmt: skip
 
-    def _conditions(self, grids: Sequence[Geometry], modality: Modality) -> Conditions:
-        spacing = torch.tensor([grid.spacing for grid in grids], dtype=torch.float32, device=self._device)
-        return spacing, torch.full((len(grids),), MODALITIES.index(modality), device=self._device)
+    def _conditions(self, grid: Geometry, modality: Modality) -> Conditions:
+        spacing = torch.tensor([grid.spacing], dtype=torch.float32, device=self._device)
+        return spacing, torch.tensor([MODALITIES.index(modality)], device=self._device)
 
     def _latent_shape(self, source: LabelSource) -> Triple:
         x, y, z = (n // s for n, s in zip(source.padded, self._strides, strict=True))
@@ -266,12 +271,22 @@ class Synthesiser:
             calls=order.steps * (2 if self._sampling.sampler == "heun" else 1),
             slab_bytes=max(SLAB_BYTES, 4 * self._denoiser.n_classes * planes * math.prod(source.padded[1:])),
         )
-        batch = max(1, min(LARGEST_BATCH, BATCH_VOXELS[kind] // grid.voxels))
+        batch = self._batch(grid)
         if order.memory is None and grid.voxels <= SMALL_GRID:
             return Plan(batch=batch)
         used = self._used_bytes()
         budget = order.memory or used + int(DEFAULT_SHARE[kind] * free_bytes(self._device))
         return make_plan(grid, self._needs, budget, used, batch)
+
+    def _batch(self, grid: Grid) -> int:
+        """Return how many to draw at once, at most.
+
+        A volume must not depend on its batch. GPUs choose their ways of convolving by the batch, and so
+        do CPUs where an axis is shorter than a kernel; in bfloat16 the last bits then grow visible.
+        """
+        if self._device.type != "cpu" or any(-(-n // grid.align) < 3 for n in grid.shape):
+            return 1
+        return max(1, min(LARGEST_BATCH, BATCH_VOXELS // grid.voxels))
 
     def _used_bytes(self) -> int:
         """Return what is held before drawing, with the bfloat16 copies of the weights that drawing adds."""
@@ -295,7 +310,7 @@ class Synthesiser:
                 "pyramid": lambda: self._denoiser.labels(labels),
                 "guide": lambda: self._denoiser.guide(pyramid),
                 "network": lambda: self._denoiser(latents, latents.new_zeros(1), guidance, *conditions),
-                "decode": lambda: self._decoder.decode(latents, labels, noise),
+                "decode": lambda: self._decoder.decode(latents, labels, noise, None),
             }
             for call in calls.values():
                 call()  # casts the weights, which are kept from then on

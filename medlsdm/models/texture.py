@@ -65,7 +65,8 @@ class TextureDecoder(nn.Module):
         folded = (space_to_depth(volume.to(seen.dtype), self.patch) for volume in (smooth, noise))
         h = self.stem(torch.cat([*folded, seen], dim=1))
         grain = noise.new_zeros(len(noise)) if grain is None else grain
-        scale, shift = self.strength(grain[:, None])[:, :, None, None, None].to(h.dtype).chunk(2, dim=1)
+        told = grain[:, None] * self.strength.weight[:, 0] + self.strength.bias  # no product that batches round
+        scale, shift = told[:, :, None, None, None].to(h.dtype).chunk(2, dim=1)
         h = torch.addcmul(shift, h, scale + 1)
         for block in self.blocks:
             h = block(h)
