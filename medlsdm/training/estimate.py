@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from medlsdm.training.run import STAGE2, Phase, TrainingRun
+from medlsdm.training.run import STAGE2, TEXTURE, Phase, TrainingRun
 from medlsdm.training.state import state_bytes
 
 AIM_SECONDS = 3.0
@@ -59,7 +59,7 @@ def estimate(run: TrainingRun) -> Estimate:
     """
     costs: dict[str, Cost] = {}
     for phase in run.phases:
-        costs[phase.name] = (_once(run) if phase.name == STAGE2 else Cost(0, 0)) + _phase(phase)
+        costs[phase.name] = _once(run, phase.name) + _phase(phase)
     run.log.close()
     total = sum(costs.values(), Cost(0, 0))
     weights = sum(p.numel() * p.element_size() for net in (run.autoencoder, run.denoiser) for p in net.parameters())
@@ -110,8 +110,11 @@ def _timed(phase: Phase, steps: int) -> Cost:
     return Cost(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def _once(run: TrainingRun) -> Cost:
-    """Return the cost of encoding the scans."""
+def _once(run: TrainingRun, phase: str) -> Cost:
+    """Return the cost of what comes once before a phase: encoding the scans, or drawing samples."""
     cpu, wall = time.process_time(), time.perf_counter()
-    _ = run.latents
+    if phase == STAGE2:
+        _ = run.latents
+    if phase == TEXTURE:
+        _ = run.samples
     return Cost(time.process_time() - cpu, time.perf_counter() - wall)

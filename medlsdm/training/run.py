@@ -97,13 +97,18 @@ class TrainingRun:
         self.data, self.held_out = split_patients(data, hold_out)
         self.device = torch.device(device)
         self._report, self._log = progress, None
-        self.autoencoder, self.denoiser = self._build()
-        self._adversary = build_adversary(preset.stage1.losses.adversarial, self.device)
-        self.phases = [Phase(STAGE1, preset.stage1, self.autoencoder, self._train_stage1)]
-        self.phases.append(Phase(STAGE2, preset.stage2, self.denoiser, self._train_stage2))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.autoencoder, self.denoiser = self._build()
+            self._adversary = build_adversary(preset.stage1.losses.adversarial, self.device)
+            critic = PatchCritic().to(self.device)
+        self.phases = [
+            Phase(STAGE1, preset.stage1, self.autoencoder, self._train_stage1),
+            Phase(STAGE2, preset.stage2, self.denoiser, self._train_stage2),
+        ]
         self._critic = None
         if preset.texture.steps and self.autoencoder.texture is not None:
-            self._critic = PatchCritic().to(self.device)
+            self._critic = critic
             self.phases.append(Phase(TEXTURE, preset.texture, self.autoencoder.texture, self._train_texture))
         self._optimisers = {phase.name: make_optimiser(phase.module, phase.stage) for phase in self.phases}
         self.parts: dict[str, Stateful] = {
@@ -132,11 +137,9 @@ class TrainingRun:
         return load_checkpoint(self.folder).card
 
     def _build(self) -> tuple[VQGAN, SemanticUNet]:
-        """Return both networks: fresh ones by the seed, or with the weights of ``start``."""
+        """Return both networks: fresh ones, or with the weights of ``start``."""
         classes = len(self.data.schema.classes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            autoencoder, denoiser = build_autoencoder(self.preset, classes), build_denoiser(self.preset, classes)
+        autoencoder, denoiser = build_autoencoder(self.preset, classes), build_denoiser(self.preset, classes)
         if self.start is not None:
             check_start(self.start, self.preset, self.data)
             autoencoder = self.start.build_autoencoder()
@@ -155,11 +158,11 @@ class TrainingRun:
         return train_texture(
             self.autoencoder, self._augmented(self.preset.texture), self.preset.texture, steps=steps,
             first_step=first_step, total_steps=self.preset.texture.steps, seed=self.seed + 2, progress=self._note,
-            optimiser=self._optimisers[TEXTURE], samples=self._samples, critic=self._critic,
+            optimiser=self._optimisers[TEXTURE], samples=self.samples, critic=self._critic,
         )  # fmt: skip
 
     @cached_property
-    def _samples(self) -> LatentSamples:
+    def samples(self) -> LatentSamples:
         """Draw synthetic latents once, when stage 2 is done."""
         with self._average.applied() if self._average else nullcontext():
             return draw_samples(self.autoencoder, self.denoiser, self.latents, seed=self.seed + 10_000)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import itertools
 import os
 import signal
 import subprocess
@@ -11,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from medlsdm.anatomy import generate
 from medlsdm.checkpoints import load_checkpoint
+from medlsdm.config import StageConfig
 from medlsdm.errors import ConfigError, DataError, IntegrityError, ResourceError, SchemaError
 from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.training.devices import memory_advice, recomputed_blocks
+from medlsdm.training.loop import fit
 from medlsdm.training.patients import TrainingSet, prepare
 from medlsdm.training.run import RESUME, TrainingRun
 from medlsdm.training.stage1 import on_device
@@ -227,7 +232,12 @@ def test_pictures_and_measures_come_with_every_save(tmp_path, preset):
     TrainingRun(tmp_path, short(preset, 2, 2), patients, seed=0, hold_out=0.4).train()
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["stage1-000002.png", "stage2-000002.png"]
     measures = {(row[0], row[2]) for row in rows_of(tmp_path / "validation.csv")[1:]}
-    assert {("stage 1", "held-out psnr"), ("stage 2", "held-out loss"), ("stage 2", "copy rate")} <= measures
+    assert {
+        ("stage 1", "held-out psnr"),
+        ("stage 2", "held-out loss"),
+        ("stage 2", "copy rate"),
+        ("stage 2", "memorisation rate"),
+    } <= measures
 
 
 def test_copies_are_told_from_chance():
@@ -250,3 +260,47 @@ def test_tensorboard_events_are_written_where_it_is_installed(tmp_path, preset, 
     assert [event.step for event in events.Scalars("stage 1/loss")] == [10, 20]
     assert [event.step for event in events.Scalars("stage 2/loss")] == [30]
     assert events.Images("stage 2/cases")
+
+
+TOGETHER = """
+import os, sys
+from pathlib import Path
+import torch
+from torch import distributed, nn
+from medlsdm.config import StageConfig
+from medlsdm.training.loop import fit
+torch.set_num_threads(1)
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Linear(6, 1)
+fit(
+    model, lambda rng: model(torch.from_numpy(rng.random((8, 6), dtype="float32"))).square().mean(),
+    StageConfig(steps=5), "together", steps=5, first_step=0, total_steps=None, seed=7, progress=None, optimiser=None,
+)
+(folder / str(rank)).write_text(repr([p.tolist() for p in model.parameters()]))
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_take_the_step_of_one_with_the_double_batch(tmp_path):
+    words = [sys.executable, "-c", TOGETHER, str(tmp_path)]
+    both = [subprocess.Popen([*words, str(rank)]) for rank in (0, 1)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    first, second = (ast.literal_eval((tmp_path / str(rank)).read_text()) for rank in (0, 1))
+    assert first == second
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    steps = itertools.count()
+
+    def double(rng: np.random.Generator) -> torch.Tensor:
+        other = np.random.default_rng([7, next(steps), 1])
+        rows = np.concatenate([generator.random((8, 6), dtype="float32") for generator in (rng, other)])
+        return model(torch.from_numpy(rows)).square().mean()
+
+    stage = StageConfig(steps=5)
+    fit(
+        model, double, stage, "alone", steps=5, first_step=0, total_steps=None, seed=7, progress=None, optimiser=None
+    )  # fmt: skip
+    for found, expected in zip(first, model.parameters(), strict=True):
+        torch.testing.assert_close(torch.tensor(found), expected.detach())
