@@ -135,8 +135,9 @@ def read_labels(sources: Sequence[LabelSource], box: Slices, device: torch.devic
 class TileDecoder:
     """Hold a function that decodes any box of latents, and how far it looks.
 
-    ``decode``: latents [B, C, x, y, z], class indices [B, X, Y, Z], noise (as the indices) and grain [B], which
-    may be None, to volumes [B, 1, X, Y, Z]. ``halo``: its receptive field in latent voxels. ``noisy``: whether it takes noise.
+    ``decode``: latents [B, C, x, y, z], class indices [B, X, Y, Z], noise (as the indices) and grain [B], both
+    of which may be None, to volumes [B, 1, X, Y, Z]. ``halo``: its receptive field in latent voxels.
+    ``noisy``: whether it takes noise and grain.
     """
 
     decode: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]

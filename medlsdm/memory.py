@@ -28,7 +28,7 @@ DEFAULT_SHARE = {"cpu": 0.6, "cuda": 0.85}
 HEADROOM = 1.3
 """What the convolution libraries take beside the tensors that torch counts (measured: at most 1.2)."""
 
-RESERVE_BYTES = 96 * MIB
+RESERVE_BYTES = 160 * MIB
 """Thread stacks, compiled kernels and what the allocator keeps."""
 
 

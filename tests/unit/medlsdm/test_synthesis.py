@@ -4,18 +4,71 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from medlsdm.anatomy import generate
+from medlsdm.checkpoints import make_checkpoint
 from medlsdm.config import load_schema
-from medlsdm.errors import DataError, NotSyntheticError, SchemaError
+from medlsdm.drawing import LabelSource, TileDecoder, decode_tiles, tile_decoder
+from medlsdm.errors import ConfigError, DataError, NotSyntheticError, ResourceError, SchemaError
+from medlsdm.memory import Plan
+from medlsdm.models.unet import build_denoiser
+from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.synthesis import Synthesiser, restore, to_bytes
+from medlsdm.training.patients import mirror_to
 from medlsdm.types import Geometry, Modality, SemanticMap, SyntheticVolume
 from medlsdm.volumes import from_ras
+
+CT_RANGE = 1650 + 1024
+
+
+def altered(checkpoint, *, autoencoder=None, denoiser=None):
+    """Return a checkpoint of random weights, no layer at zero, with some settings of its networks changed."""
+    preset = checkpoint.preset
+    preset = preset.model_copy(
+        update={
+            "window": (16, 24, 16),
+            "stage1": preset.stage1.model_copy(update={"crop": None}),
+            "texture": preset.texture.model_copy(update={"crop": None}),
+            "autoencoder": preset.autoencoder.model_copy(update=autoencoder or {}),
+            "denoiser": preset.denoiser.model_copy(update=denoiser or {}),
+        }
+    )
+    torch.manual_seed(1)
+    count = len(checkpoint.schema.classes)
+    parts = build_autoencoder(preset, count), build_denoiser(preset, count)
+    for part in parts:
+        for parameter in part.parameters():
+            if not parameter.detach().any():
+                torch.nn.init.normal_(parameter, std=0.05)
+    made, _ = make_checkpoint(
+        preset=preset, schema=checkpoint.schema, modalities=checkpoint.modalities,
+        autoencoder=parts[0].state_dict(), denoiser=parts[1].state_dict(),
+    )  # fmt: skip
+    return made
 
 
 @pytest.fixture(scope="module")
 def synthesiser(checkpoint):
     return Synthesiser(checkpoint, threads=1)
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint):
+    """Draw with a denoiser that sees no farther than its receptive field, and with texture."""
+    return Synthesiser(
+        altered(checkpoint, autoencoder={"texture_channels": 8, "texture_blocks": 1}, denoiser={"norm": "voxel"}), 1
+    )
+
+
+@pytest.fixture
+def precision(request, monkeypatch):
+    """Draw in bfloat16 or in float32, whatever this machine would choose."""
+    monkeypatch.setattr("medlsdm.training.loop.bfloat16_pays", lambda: request.param == "bfloat16")
+    monkeypatch.setattr("medlsdm.synthesis.bfloat16_pays", lambda: request.param == "bfloat16")
+
+
+both_precisions = pytest.mark.parametrize("precision", ["bfloat16", "float32"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +159,166 @@ def test_bytes_bring_the_volume_back(synthesiser, labels):
 def test_damaged_bytes_are_refused(synthesiser, labels, cut):
     with pytest.raises(DataError):
         restore(to_bytes(synthesiser.synthesise(labels, seed=4))[cut])
+
+
+@both_precisions
+@pytest.mark.usefixtures("precision")
+def test_a_volume_does_not_depend_on_its_batch(checkpoint):
+    drawer = Synthesiser(altered(checkpoint, autoencoder={"texture_channels": 8, "texture_blocks": 1}), threads=1)
+    arrays = [generate(seed, Modality.CT, (21, 26, 18))[1].array for seed in range(8)]
+    maps = [SemanticMap(array, Geometry(np.eye(4), array.shape), checkpoint.schema) for array in arrays]
+    together = list(drawer.synthesise_many(maps, seeds=range(8), guidance=1.5))
+    assert drawer.last_plan is not None
+    assert drawer.last_plan.batch == 8
+    for seed, (labels, volume) in enumerate(zip(maps, together, strict=True)):
+        alone = drawer.synthesise(labels, seed=seed, guidance=1.5)
+        assert np.abs(alone.array - volume.array).max() / CT_RANGE <= 1e-5
+        assert alone.provenance == volume.provenance
+
+
+def test_maps_of_many_sizes_come_back_in_order(synthesiser):
+    shapes = [(19, 14, 11), (19, 14, 11), (20, 16, 12), (9, 9, 9), (19, 14, 11)]
+    maps = [generate(seed, Modality.CT, shape)[1] for seed, shape in enumerate(shapes)]
+    volumes = list(synthesiser.synthesise_many(iter(maps), seeds=range(5)))
+    assert [volume.array.shape for volume in volumes] == shapes
+    assert [volume.provenance.seed for volume in volumes] == [0, 1, 2, 3, 4]
+    assert np.array_equal(volumes[2].array, synthesiser.synthesise(maps[2], seed=2).array)
+
+
+@both_precisions
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("cached", [True, False])
+def test_windows_and_tiles_give_the_whole(checkpoint, cached):
+    made = altered(checkpoint, autoencoder={"texture_channels": 8, "texture_blocks": 1}, denoiser={"norm": "voxel"})
+    drawer = Synthesiser(made, threads=1)
+    labels = generate(3, Modality.CT, (150, 41, 34))[1]
+    whole = drawer.synthesise(labels, seed=2, steps=2, guidance=1.5, memory=Plan())
+    plan = Plan(sampling_parts=(3, 1, 2), decoding_parts=(4, 2, 2), cached=cached)
+    tiled = drawer.synthesise(labels, seed=2, steps=2, guidance=1.5, memory=plan)
+    assert whole.array.std() > 0.03 * CT_RANGE
+    assert np.abs(tiled.array - whole.array).max() / CT_RANGE * 2 <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"texture_channels": 8, "texture_blocks": 2},
+        {"strides": (4, 4, 1)},
+        {"strides": (2, 2, 2), "channels": (8,), "encoder_blocks": (1,), "decoder_blocks": (2,)},
+        {"strides": (8, 4, 2), "channels": (8, 8, 8), "encoder_blocks": (1, 1, 1), "decoder_blocks": (1, 1, 2)},
+    ],
+)
+def test_tiles_need_the_decoders_whole_receptive_field_and_no_more(checkpoint, settings):
+    made = altered(checkpoint, autoencoder=settings)
+    autoencoder, strides = made.build_autoencoder(), made.preset.autoencoder.strides
+    decoder = tile_decoder(autoencoder)
+    cells = (4, 3, 2 * decoder.halo + 5)
+    shape = tuple(n * s for n, s in zip(cells, strides, strict=True))
+    labels = SemanticMap(
+        np.random.default_rng(0).choice(made.schema.ids, shape), Geometry(np.eye(4), shape), made.schema
+    )
+    latents = torch.randn(1, made.preset.autoencoder.latent_channels, *cells)
+
+    def volume(halo: int, parts: tuple[int, int, int]) -> np.ndarray:
+        out = np.empty(shape, np.float32)
+
+        def write(_, box, values):
+            out[box] = values
+
+        with torch.inference_mode():
+            narrow = TileDecoder(decoder.decode, halo, decoder.noisy)
+            decode_tiles(narrow, latents, [LabelSource(labels, strides)], [5], strides, parts, write)
+        return out
+
+    whole, parts = volume(decoder.halo, (1, 1, 1)), (1, 1, cells[2])
+    assert np.abs(volume(decoder.halo, parts) - whole).max() <= 1e-5 * whole.std()
+    assert np.abs(volume(decoder.halo - 4, parts) - whole).max() > 1e-5 * whole.std()
+
+
+def gradient_energy(array: np.ndarray, planes: list[int]) -> float:
+    """Return the mean squared step across the planes named, along the first axis."""
+    return float(np.mean([(array[p] - array[p - 1]) ** 2 for p in planes]))
+
+
+def test_no_seam_where_windows_are_blended(checkpoint):
+    drawer = Synthesiser(altered(checkpoint, denoiser={"norm": "group"}), threads=1)
+    labels = generate(3, Modality.CT, (256, 64, 64))[1]
+    whole = drawer.synthesise(labels, seed=2, steps=3, memory=Plan())
+    plan = Plan(sampling_parts=(4, 1, 1), decoding_parts=(4, 1, 1), blended=True)
+    blended = drawer.synthesise(labels, seed=2, steps=3, memory=plan)
+    assert not np.array_equal(blended.array, whole.array)
+    borders = [64, 128, 192]
+    inside = [plane for plane in range(16, 256, 16) if plane not in borders]
+    across, within = (
+        gradient_energy(blended.array, planes) / gradient_energy(whole.array, planes) for planes in (borders, inside)
+    )
+    assert across / within == pytest.approx(1, abs=0.02)
+
+
+def test_texture_differs_by_seed_and_can_be_left_out(exact):
+    labels = generate(1, Modality.CT, (16, 16, 12))[1]
+    rough = exact.synthesise(labels, seed=1)
+    smooth = Synthesiser(exact.checkpoint, 1, smooth=True).synthesise(labels, seed=1)
+    assert np.abs(rough.array - smooth.array).max() > 1
+    assert np.array_equal(rough.array, exact.synthesise(labels, seed=1).array)
+
+
+def test_a_budget_chooses_the_windows_and_a_tiny_one_is_refused(exact):
+    labels = generate(1, Modality.CT, (96, 72, 56))[1]
+    free = exact.synthesise(labels, seed=1, steps=1, memory=64 * 2**30)
+    assert exact.last_plan.whole
+    needed = exact.last_plan.estimate_bytes
+    tight = exact.synthesise(labels, seed=1, steps=1, memory=needed - 100 * 2**20)
+    assert not exact.last_plan.whole
+    assert exact.last_plan.estimate_bytes <= needed - 100 * 2**20
+    assert np.abs(tight.array - free.array).max() / CT_RANGE * 2 <= 1e-3
+    with pytest.raises(ResourceError, match="MB at least"):
+        exact.synthesise(labels, seed=1, memory=50 * 2**20)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 30), (2, 3, 5), (33, 1, 1)])
+def test_sizes_that_divide_by_nothing(exact, shape):
+    labels = SemanticMap(
+        np.ones(shape, np.uint8), Geometry(np.diag([0.4, 3.0, 1.0, 1.0]), shape), exact.checkpoint.schema
+    )
+    volume = exact.synthesise(labels, seed=0)
+    assert volume.array.shape == shape
+    assert np.isfinite(volume.array).all()
+
+
+def test_a_tilted_affine_is_kept_exactly(exact):
+    turn = np.array([[0.9, -0.3, 0.1, -7], [0.3, 0.8, -0.2, 5], [0, 0.25, 1.7, 3], [0, 0, 0, 1]])
+    source = generate(1, Modality.CT, (14, 12, 9))[1]
+    volume = exact.synthesise(SemanticMap(source.array, Geometry(turn, (14, 12, 9)), source.schema), seed=0)
+    assert np.array_equal(volume.geometry.affine, turn)
+
+
+def test_labels_read_box_by_box_are_the_mirrored_map(labels):
+    source = LabelSource(labels, (4, 4, 4))
+    places = np.searchsorted(np.array(labels.schema.ids), labels.array)
+    whole = mirror_to(places, source.padded)
+    assert whole.shape == (20, 16, 12)
+    for box in ((slice(0, 20), slice(0, 16), slice(0, 12)), (slice(3, 7), slice(0, 5), slice(2, 9)),
+                (slice(17, 20), slice(12, 16), slice(0, 12))):  # fmt: skip
+        assert np.array_equal(source.read(box), whole[box])
+
+
+def test_running_out_of_memory_is_one_line_with_advice(checkpoint, labels):
+    drawer = Synthesiser(checkpoint, threads=1)
+    drawer._decoder = TileDecoder(lambda *_: torch.empty(2**52), 1, False)
+    with pytest.raises(ResourceError, match="--memory"):
+        drawer.synthesise(labels, seed=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_there_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match="GPU"):
+        Synthesiser(checkpoint, device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_a_gpu_draws_what_the_cpu_draws(exact, labels):
+    on_gpu = Synthesiser(exact.checkpoint, device="cuda").synthesise(labels, seed=1, memory=4 * 2**30)
+    on_cpu = Synthesiser(exact.checkpoint, device="cpu").synthesise(labels, seed=1)
+    assert np.corrcoef(on_gpu.array.ravel(), on_cpu.array.ravel())[0, 1] > 0.99
