@@ -128,13 +128,13 @@ class StageConfig(Settings):
     """
 
     steps: int = Field(ge=0)
-    batch: int = Field(4, ge=1)
+    batch: int = Field(default=4, ge=1)
     crop: Triple | None = None
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup: int = Field(20, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
-    save_every: int = Field(200, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    warmup: int = Field(default=20, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    save_every: int = Field(default=200, ge=1)
     augment: Literal["none", "light", "strong"] = "none"
     gradient_checkpointing: bool = False
     compile: bool = False

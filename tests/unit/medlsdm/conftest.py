@@ -5,7 +5,7 @@ import torch
 
 from medlsdm.anatomy import generate
 from medlsdm.checkpoints import Checkpoint, make_checkpoint
-from medlsdm.config import Preset, load_preset, load_schema
+from medlsdm.config import Preset, StageConfig, load_preset, load_schema
 from medlsdm.models.unet import build_denoiser
 from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.training.patients import TrainingSet, prepare
@@ -19,12 +19,16 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def preset() -> Preset:
-    """Return a preset that trains in moments."""
+    """Return a preset that trains in moments, with eight rounded latent channels and no texture."""
     tiny = load_preset("tiny")
+    small = {"channels": (8, 16), "label_width": 8, "latent_noise": 0.0, "texture_channels": 0}
     return tiny.model_copy(
         update={
             "window": (16, 20, 16),
-            "autoencoder": tiny.autoencoder.model_copy(update={"channels": (8, 16), "label_width": 8}),
+            "autoencoder": tiny.autoencoder.model_copy(
+                update=small | {"quantiser": "fsq", "levels": (8, 8, 8, 8, 5, 5, 5, 5)}
+            ),
+            "texture": StageConfig(steps=0),
             "denoiser": tiny.denoiser.model_copy(update={"channels": (16, 24), "label_width": 8}),
         }
     )

@@ -166,10 +166,13 @@ def test_two_modalities_train_one_model(capsys, monkeypatch, folder, tmp_path, p
         write_nifti(tmp_path / "ct" / "images" / f"p{seed}.nii.gz", scan.array, scan.geometry)
         write_nifti(tmp_path / "ct" / "labels" / f"p{seed}.nii.gz", labels.array, labels.geometry)
     settings = tmp_path / "moment.yaml"
-    settings.write_text(preset.model_dump_json())  # JSON is YAML
+    moment = {name: {"steps": steps} for name, steps in (("stage1", 3), ("stage2", 2), ("texture", 1))}
+    moment["autoencoder"] = {"texture_channels": 8}
+    updates = {name: getattr(preset, name).model_copy(update=values) for name, values in moment.items()}
+    settings.write_text(preset.model_copy(update=updates).model_dump_json())  # JSON is YAML
     words = (
         "train", "--data", folder, "--modality", "MR", "--data", tmp_path / "ct", "--modality", "CT", "--schema",
-        "procedural", "--preset", settings, "--steps-scale", "0.0003", "--out", tmp_path / "run", "--json",
+        "procedural", "--preset", settings, "--out", tmp_path / "run", "--json",
     )  # fmt: skip
     status, out, err = run(capsys, monkeypatch, *words)
     assert status == 0, err
@@ -179,12 +182,12 @@ def test_two_modalities_train_one_model(capsys, monkeypatch, folder, tmp_path, p
     card = json.loads((tmp_path / "run" / "card.json").read_text())
     assert card["modalities"] == ["CT", "MR"]
     assert sorted(p.name for p in (tmp_path / "run" / "pictures").iterdir()) == [
-        "stage1-000003.png", "stage2-000002.png",
+        "stage1-000003.png", "stage2-000002.png", "texture-000001.png",
     ]  # fmt: skip
     status, out, err = run(capsys, monkeypatch, *words[:-3], "--estimate", "--out", tmp_path / "no", "--json")
     assert status == 0, err
     found = json.loads(out)
-    assert set(found["phases"]) == {"stage 1", "stage 2"}
+    assert set(found["phases"]) == {"stage 1", "stage 2", "texture"}
     assert found["memory_bytes"] > 2**26
     assert found["disk_bytes"] > (tmp_path / "run" / "resume.safetensors").stat().st_size
     assert not (tmp_path / "no").exists()
@@ -193,7 +196,7 @@ def test_two_modalities_train_one_model(capsys, monkeypatch, folder, tmp_path, p
         "--steps-scale", "0.5", "--no-pictures", "--json",
     )  # fmt: skip
     assert status == 0, err
-    assert json.loads(out)["steps"] == {"stage 1": 2, "stage 2": 1}
+    assert json.loads(out)["steps"] == {"stage 1": 2, "stage 2": 1, "texture": 1}
 
 
 def test_any_affine_trains(capsys, monkeypatch, folder, tmp_path, preset):

@@ -17,7 +17,7 @@ def test_importing_config_anatomy_and_cli_leaves_torch_out():
 
 def test_tiny_loads_and_its_digest_follows_its_settings():
     tiny = load_preset("tiny")
-    assert tiny.autoencoder.latent_channels == 8
+    assert tiny.autoencoder.latent_channels == 6
     assert tiny.digest == load_preset("tiny").digest
     assert tiny.digest != tiny.scaled(0.5).digest
 
