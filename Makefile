@@ -3,6 +3,7 @@
 # make bench-gate DATA=DIR   what the copy gate catches and misses
 # make bench-model DATA=DIR  how good the preset tiny's pictures are, three seeds (an hour on two cores)
 # make bench-speed     steps and sampling against the published networks and MONAI's (pip install -e '.[bench]')
+# make bench-large     time and peak memory of large volumes within a budget (ten minutes of one core)
 # make test-peers      Debian's DICOM tools that some tests compare with (needs root)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DATA ?=
 PLAN ?=
 
-.PHONY: demo test check lint types unit bench-gate bench-speed test-peers clean
+.PHONY: demo test check lint types unit bench-gate bench-large bench-speed test-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,9 @@ bench-gate: $(VENV)/installed
 
 bench-speed: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/speed.py --json runs/bench-speed.json
+
+bench-large: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/large.py
 
 bench-model: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/model.py $(if $(DATA),'$(DATA)')

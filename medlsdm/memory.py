@@ -74,15 +74,17 @@ def _meminfo(key: str) -> int | None:
 
 
 def _group_limits() -> Iterator[int]:
-    """Yield what is left under the limits of the control group, versions 2 and 1."""
-    version1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
-    for limit, used in (("memory.max", "memory.current"), version1):
+    """Yield what is left under the limits of the control group, versions 2 and 1; file caches can be given up."""
+    root = Path("/sys/fs/cgroup")
+    version1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
+    for names in (("memory.max", "memory.current", "memory.stat"), version1):
         try:
-            most, now = ((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip() for name in (limit, used))
+            most, now, stat = ((root / name).read_text(encoding="ascii") for name in names)
         except OSError:
             continue
-        if most.isdigit() and now.isdigit():
-            yield max(0, int(most) - int(now))
+        cached = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")), 0)
+        if most.strip().isdigit() and now.strip().isdigit():
+            yield max(0, int(most) - int(now) + cached)
 
 
 class _Live(TorchDispatchMode):
