@@ -35,6 +35,7 @@ def workplace(tmp_path_factory) -> Path:
     preset["name"] = "moment"
     preset["stage1"] |= {"steps": 6, "save_every": 4}
     preset["stage2"] |= {"steps": 5, "save_every": 4}
+    preset["texture"] |= {"steps": 3, "save_every": 4}
     (root / "moment.yaml").write_text(yaml.safe_dump(preset))
     return root
 
@@ -45,11 +46,11 @@ def test_from_pairs_to_an_evaluated_synthetic_set(workplace):
         "--schema", "procedural", "--threads", 1,
     )  # fmt: skip
     made, _ = medlsdm(*train)
-    assert made["steps"] == {"stage 1": 6, "stage 2": 5}
+    assert made["steps"] == {"stage 1": 6, "stage 2": 5, "texture": 3}
     again, err = medlsdm(*train)
     assert again["card_digest"] == made["card_digest"]
     assert "step" not in err
-    assert len((workplace / "run/losses.csv").read_text().splitlines()) == 12
+    assert len((workplace / "run/losses.csv").read_text().splitlines()) == 15
     medlsdm(*train, "--seed", 1, expect=4)
 
     made, _ = medlsdm(

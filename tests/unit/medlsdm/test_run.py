@@ -36,6 +36,7 @@ def short(preset, steps1: int = 5, steps2: int = 5, every: int = 2):
         update={
             "stage1": preset.stage1.model_copy(update={"steps": steps1, "save_every": every}),
             "stage2": preset.stage2.model_copy(update={"steps": steps2, "save_every": every}),
+            "texture": preset.texture.model_copy(update={"steps": 0}),
         }
     )
 
