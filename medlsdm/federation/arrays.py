@@ -18,7 +18,7 @@ def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
     """Return the SHA-256 over names, types, shapes and values, in order of name."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()

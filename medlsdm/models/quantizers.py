@@ -127,7 +127,7 @@ class MovingAverage(Quantiser):
         self.register_buffer("codebook", torch.randn(size, width))
         self.register_buffer("sums", torch.zeros(size, width))
         self.register_buffer("counts", torch.zeros(size))
-        self.register_buffer("drawn", torch.zeros(()))  # float, so that sites can average it like any weight
+        self.register_buffer("drawn", torch.zeros(1))  # float, so that sites can average it like any weight
         self._commitment: Tensor | None = None
 
     def forward(self, bounded: Tensor) -> Tensor:

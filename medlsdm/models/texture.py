@@ -40,8 +40,8 @@ class TextureDecoder(nn.Module):
         self.strength = nn.Linear(1, 2 * channels)
         self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(blocks))
         self.out = conv(channels, fold)
-        self.register_buffer("grain_mean", torch.zeros(()))
-        self.register_buffer("grain_mean_square", torch.ones(()))
+        self.register_buffer("grain_mean", torch.zeros(1))
+        self.register_buffer("grain_mean_square", torch.ones(1))
         nn.init.zeros_(self.strength.weight)
         nn.init.zeros_(self.strength.bias)
         with torch.no_grad():

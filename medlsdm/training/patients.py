@@ -70,13 +70,17 @@ class Patient:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Batch:
-    """Hold equal crops: images [B, 1, X, Y, Z], labels [B, X, Y, Z], mask as images, spacing [B, 3], modality [B]."""
+    """Hold equal crops: images [B, 1, X, Y, Z], labels [B, X, Y, Z], mask as images, spacing [B, 3], modality [B].
+
+    ``position`` [B, 6] tells where each crop begins in its volume and how much of it it is, as fractions.
+    """
 
     images: NDArray[np.float32]
     labels: NDArray[Any]
     mask: NDArray[np.float32]
     spacing: NDArray[np.float32]
     modality: NDArray[np.int64]
+    position: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -105,25 +109,29 @@ class TrainingSet:
         chosen = [self.patients[i] for i in indices]
         crops = [self._crop(patient, rng, (x, y, z)) for patient in chosen]
         return Batch(
-            images=np.stack([image for image, _, _ in crops])[:, None],
-            labels=np.stack([labels for _, labels, _ in crops]),
-            mask=np.stack([mask for _, _, mask in crops])[:, None],
+            images=np.stack([image for image, *_ in crops])[:, None],
+            labels=np.stack([labels for _, labels, *_ in crops]),
+            mask=np.stack([mask for _, _, mask, _ in crops])[:, None],
             spacing=np.array([patient.spacing for patient in chosen], dtype=np.float32),
             modality=np.array([kinds.index(patient.modality) for patient in chosen], dtype=np.int64),
+            position=np.array([position for _, _, _, position in crops], dtype=np.float32),
         )
 
-    def _crop(self, patient: Patient, rng: np.random.Generator | None, size: Triple) -> tuple[NDArray[Any], ...]:
+    def _crop(self, patient: Patient, rng: np.random.Generator | None, size: Triple) -> tuple[Any, ...]:
         room = [max(0, have - want) for have, want in zip(patient.image.shape, size, strict=True)]
         starts = [int(rng.integers(r + 1)) if rng else r // 2 for r in room]
         cut = tuple(slice(s, s + want) for s, want in zip(starts, size, strict=True))
         image, labels = patient.image[cut], patient.labels[cut]
+        extents = [part / whole for part, whole in zip(image.shape, patient.image.shape, strict=True)]
+        begins = [start / whole for start, whole in zip(starts, patient.image.shape, strict=True)]
         if rng is not None and rng.random() < 0.5:
             image, labels = image[::-1], labels[::-1]
+            begins[0] = 1 - begins[0] - extents[0]
         if rng is not None and self.augment != "none":
             image, labels = vary(image, labels, patient.spacing, patient.modality, self.augment, rng)
         mask = np.zeros(size, dtype=np.float32)
         mask[tuple(slice(n) for n in image.shape)] = 1
-        return mirror_to(image, size), mirror_to(labels, size), mask
+        return mirror_to(image, size), mirror_to(labels, size), mask, begins + extents
 
 
 def prepare(pairs: Iterable[tuple[Scan, SemanticMap]], preset: Preset) -> TrainingSet:

@@ -15,7 +15,7 @@ from medlsdm.config import DenoiserConfig, StageConfig
 from medlsdm.diffusion.objectives import Network, Objective
 from medlsdm.diffusion.samplers import guided
 from medlsdm.models.ema import Ema
-from medlsdm.models.unet import ANY_MODALITY, WHOLE_VOLUME, LabelGuidance, SemanticUNet
+from medlsdm.models.unet import ANY_MODALITY, LabelGuidance, SemanticUNet
 from medlsdm.models.vqgan import VQGAN
 from medlsdm.training.loop import Report, autocast, device_of, fit
 from medlsdm.training.patients import TrainingSet
@@ -79,10 +79,9 @@ def encode_latents(model: VQGAN, data: TrainingSet, *, variants: int = 3, seed: 
                 latents = model.encode(torch.from_numpy(batch.images).to(device))
             mask = latent_mask(torch.from_numpy(batch.mask), data.strides)
             standard = model.standardise(latents.float()).cpu().numpy()
-            parts.append((standard, batch.labels, mask.numpy(), batch.spacing, batch.modality, np.array([index])))
-    latents, labels, masks, spacing, modality, patient = (np.concatenate(column) for column in zip(*parts, strict=True))
-    position = np.tile(np.array(WHOLE_VOLUME, dtype=np.float32), (len(latents), 1))
-    return LatentSet(latents, labels, masks, spacing, modality, patient, position)
+            own = (batch.spacing, batch.modality, np.array([index]), batch.position)
+            parts.append((standard, batch.labels, mask.numpy(), *own))
+    return LatentSet(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def class_weights(latents: LatentSet, n_classes: int, cap: float) -> Tensor | None:

@@ -74,7 +74,7 @@ class Trained:
         """Take the averaged weights in and write the checkpoint; returns its id."""
         previous = self.state[stage]
         self.state[stage] = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(previous[name].dtype)
+            name: torch.from_numpy(np.asarray(value, order="C").copy()).to(previous[name].dtype)
             for name, value in arrays.items()
         }
         self.done[stage] = number

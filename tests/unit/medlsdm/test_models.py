@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from medlsdm.config import AutoencoderConfig
+from medlsdm.config import AutoencoderConfig, load_preset
 from medlsdm.models.layers import ChannelNorm, conv, depth_to_space, space_to_depth
 from medlsdm.models.spade import LabelPyramid, one_hot
 from medlsdm.models.unet import build_denoiser
-from medlsdm.models.vqgan import VQGAN
+from medlsdm.models.vqgan import VQGAN, build_autoencoder
 from medlsdm.training.loop import autocast
 
 
@@ -134,3 +134,11 @@ def test_gradients_of_small_volumes_never_read_unwritten_memory(shape, stride):
         assert layer.weight.grad is not None
         seen.append(layer.weight.grad.clone())
     assert all(torch.equal(seen[0], other) for other in seen)
+
+
+@pytest.mark.parametrize("name", ["tiny", "base", "large", "paper"])
+def test_every_weight_has_an_axis_so_that_federations_average_it_as_it_is(name: str):
+    preset = load_preset(name)
+    with torch.device("meta"):
+        states = build_autoencoder(preset, 3).state_dict() | build_denoiser(preset, 3).state_dict()
+    assert [key for key, value in states.items() if value.ndim == 0] == []

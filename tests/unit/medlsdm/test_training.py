@@ -179,3 +179,23 @@ def test_both_stages_learn_and_report(preset, data):
     seen.clear()
     train_stage2(denoiser, latents, preset.stage2, steps=60, seed=0, progress=seen.append)
     assert np.mean([p.loss for p in seen[-10:]]) < 0.95 * np.mean([p.loss for p in seen[:10]])
+
+
+def test_crops_tell_where_they_lie(preset: Preset):
+    data = prepare([generate(3, Modality.MR, (32, 24, 24))], preset)
+    image = data.patients[0].image
+    seen = set()
+    for seed in range(30):
+        batch = data.crops([0], np.random.default_rng(seed), (16, 20, 16))
+        x, y, z, *extents = batch.position[0]
+        assert extents == pytest.approx([16 / 32, 20 / 24, 16 / 24])
+        at = [round(float(a) * n) for a, n in zip((x, y, z), (32, 24, 24), strict=True)]
+        plain = image[:, at[1] : at[1] + 20, at[2] : at[2] + 16]
+        turned = not np.array_equal(batch.images[0, 0], plain[at[0] : at[0] + 16])
+        # A crop that was turned left to right lies where its mirror image does.
+        mirrored = plain[::-1][at[0] : at[0] + 16]
+        assert np.array_equal(batch.images[0, 0], mirrored if turned else plain[at[0] : at[0] + 16])
+        seen.add(turned)
+    assert seen == {True, False}
+    whole = data.crops([0], None, (64, 64, 64)).position[0]
+    assert whole[3:].tolist() == pytest.approx([16 / 32, 20 / 24, 16 / 24])
