@@ -147,7 +147,7 @@ class TileDecoder:
 
 def tile_decoder(autoencoder: VQGAN, *, smooth: bool = False) -> TileDecoder:
     """Return the autoencoder's decoder; ``smooth`` leaves its texture out."""
-    config, texture = autoencoder.config, None if smooth else autoencoder.texture
+    config, texture = autoencoder.config, autoencoder.texture if autoencoder.draws_texture and not smooth else None
     beyond = texture.halo if texture is not None else 0
     halo = max(_decoder_reach(config, axis, beyond) for axis in range(3))
     return TileDecoder(autoencoder.decode, halo, texture is not None)

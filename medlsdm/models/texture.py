@@ -19,7 +19,8 @@ class TextureDecoder(nn.Module):
 
     How strong the grain is belongs to the scanner, not to the anatomy, so it is told: ``grain`` is the
     logarithm of its strength, standardised by the buffers ``grain_mean`` and ``grain_mean_square`` of the
-    training data, and drawn from a standard normal where there is no scan to measure.
+    training data, and drawn from a standard normal where there is no scan to measure. ``trained`` is 0 until
+    training has begun: volumes stay smooth until then.
 
     Args:
         features: Channels of the decoder's last features.
@@ -30,6 +31,7 @@ class TextureDecoder(nn.Module):
 
     grain_mean: Tensor
     grain_mean_square: Tensor
+    trained: Tensor
 
     def __init__(self, features: int, channels: int, blocks: int, patch: Triple) -> None:
         super().__init__()
@@ -42,6 +44,7 @@ class TextureDecoder(nn.Module):
         self.out = conv(channels, fold)
         self.register_buffer("grain_mean", torch.zeros(1))
         self.register_buffer("grain_mean_square", torch.ones(1))
+        self.register_buffer("trained", torch.zeros(1))
         nn.init.zeros_(self.strength.weight)
         nn.init.zeros_(self.strength.bias)
         with torch.no_grad():

@@ -99,9 +99,14 @@ class VQGAN(nn.Module):
             grain: How strong the texture is, [B], standard normal over scans; the mean if absent.
         """
         features, smooth = self.decode_features(latents, one_hot)
-        if noise is None or self.texture is None:
+        if noise is None or self.texture is None or not self.draws_texture:
             return smooth
         return smooth + self.texture(features, smooth, noise, grain)
+
+    @property
+    def draws_texture(self) -> bool:
+        """Tell whether there is a texture decoder, and one that was trained."""
+        return self.texture is not None and bool(self.texture.trained.any())
 
     def decode_features(self, latents: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
         """Return the decoder's last features [B, C, X / patch, ...] and the smooth volume."""

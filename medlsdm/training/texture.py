@@ -33,6 +33,8 @@ MATCHED_SHARE = 0.5
 CRITIC_CROPS = 640
 SAMPLES = 160
 SAMPLING_STEPS = 4
+FEWEST_STEPS = 500
+"""Texture that was taught for less is stripes rather than grain."""
 SEED = 20_251
 
 
@@ -75,6 +77,7 @@ def train_texture(
     if texture is None:
         raise ConfigError("The preset has no texture decoder to train.", "Set autoencoder.texture_channels.")
     model.eval()
+    texture.trained.fill_(1)
     if first_step == 0:
         measure_grain(model, data, stage)
         if critic is not None:
@@ -188,10 +191,13 @@ def train_first_stage(
 ) -> float:
     """Train a slice of one schedule that holds the autoencoder and then its texture decoder, as rounds do.
 
-    The schedule is shared out as the preset's steps are. Returns the mean loss of what was trained last.
+    The schedule is shared out as the preset's steps are; where that leaves the texture decoder too few to be
+    better than none, it gets none, and volumes stay smooth. Returns the mean loss of what was trained last.
     """
     whole = preset.stage1.steps + preset.texture.steps
     texture_steps = round(total_steps * preset.texture.steps / whole) if whole and model.texture is not None else 0
+    if texture_steps < min(FEWEST_STEPS, preset.texture.steps):
+        texture_steps = 0
     border = total_steps - texture_steps
     loss = float("nan")
     if first_step < border:

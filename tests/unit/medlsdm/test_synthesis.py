@@ -41,6 +41,8 @@ def altered(checkpoint, *, autoencoder=None, denoiser=None):
         for parameter in part.parameters():
             if not parameter.detach().any():
                 torch.nn.init.normal_(parameter, std=0.05)
+    if parts[0].texture is not None:
+        parts[0].texture.trained.fill_(1)
     made, _ = make_checkpoint(
         preset=preset, schema=checkpoint.schema, modalities=checkpoint.modalities,
         autoencoder=parts[0].state_dict(), denoiser=parts[1].state_dict(),

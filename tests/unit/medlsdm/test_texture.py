@@ -75,13 +75,17 @@ def test_texture_of_a_tile_equals_that_of_the_whole_beyond_its_halo():
     assert not torch.allclose(whole[:, :, 8 : 8 + 2 * net.halo], tile[:, :, : 2 * net.halo], atol=1e-5)
 
 
-def test_decoding_with_noise_adds_texture_and_without_stays_smooth(textured: Preset, data: TrainingSet):
+def test_decoding_with_noise_adds_texture_once_it_was_trained(textured: Preset):
     torch.manual_seed(0)
     model = build_autoencoder(textured, 12).eval()
+    assert model.texture is not None
     latents, labels = torch.randn(1, 8, 4, 4, 4), torch.zeros(1, 12, 16, 16, 16)
     noise = torch.randn(1, 1, 16, 16, 16)
     with torch.no_grad():
-        smooth, drawn, again = model.decode(latents, labels), *(model.decode(latents, labels, noise) for _ in "ab")
+        smooth, untrained = model.decode(latents, labels), model.decode(latents, labels, noise)
+        model.texture.trained.fill_(1)
+        drawn, again = (model.decode(latents, labels, noise) for _ in range(2))
+    assert torch.equal(untrained, smooth)
     assert torch.equal(drawn, again)
     assert not torch.allclose(drawn, smooth)
 
@@ -125,6 +129,18 @@ def test_a_slice_across_the_border_trains_both(textured: Preset, data: TrainingS
         progress=lambda p: seen.append((p.stage, p.step, p.steps)),
     )  # fmt: skip
     assert seen == [("stage 1", 2, 3), ("stage 1", 3, 3), ("texture", 1, 3)]
+
+
+def test_a_schedule_too_short_for_texture_leaves_volumes_smooth(textured: Preset, data: TrainingSet):
+    long = textured.texture.model_copy(update={"steps": 2000})
+    preset = textured.model_copy(update={"texture": long, "stage1": textured.stage1.model_copy(update={"steps": 2000})})
+    model = build_autoencoder(preset, 12)
+    seen: list[str] = []
+    train_first_stage(
+        model, data, preset, steps=2, first_step=4, total_steps=6, seed=0, progress=lambda p: seen.append(p.stage)
+    )
+    assert set(seen) == {"stage 1"}
+    assert not model.draws_texture
 
 
 def test_a_preset_without_a_texture_decoder_is_refused(preset: Preset, data: TrainingSet):
