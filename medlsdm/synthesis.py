@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medlsdm.checkpoints import Checkpoint
+from medlsdm.checkpoints import Checkpoint, State
 from medlsdm.diffusion.objectives import Objective
 from medlsdm.diffusion.samplers import guided, sample, seeded_noise
 from medlsdm.drawing import (
@@ -112,16 +112,21 @@ class Synthesiser:
         self.last_plan: Plan | None = None
         self._threads = threads
         self._device = choose_device(device)
-        self._denoiser = self._ready(checkpoint.build_denoiser())
-        self._autoencoder = self._ready(checkpoint.build_autoencoder())
+        self._denoiser = self._ready(checkpoint.build_denoiser(), checkpoint.denoiser)
+        self._autoencoder = self._ready(checkpoint.build_autoencoder(), checkpoint.autoencoder)
         self._strides, self._sampling = checkpoint.preset.autoencoder.strides, checkpoint.preset.sampling
         self._decoder = tile_decoder(self._autoencoder, smooth=smooth)
 
-    def _ready(self, network: Network) -> Network:
-        """Move a network to the device; channels-last pays where bfloat16 does."""
+    def _ready(self, network: Network, state: State | None) -> Network:
+        """Move a network to the device; channels-last pays where bfloat16 does.
+
+        On a CPU the checkpoint then holds the network's own tensors: one copy of the weights is enough.
+        """
         network.to(self._device)
         if self._device.type == "cuda" or bfloat16_pays():
             network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if self._device.type == "cpu" and state is not None:
+            state.update(network.state_dict())
         return network.eval()
 
     def synthesise(
@@ -274,9 +279,9 @@ class Synthesiser:
         batch = self._batch(grid)
         if order.memory is None and grid.voxels <= SMALL_GRID:
             return Plan(batch=batch)
-        used = self._used_bytes()
+        needs, used = self._needs, self._used_bytes()  # in this order: the first call loads libraries
         budget = order.memory or used + int(DEFAULT_SHARE[kind] * free_bytes(self._device))
-        return make_plan(grid, self._needs, budget, used, batch)
+        return make_plan(grid, needs, budget, used, batch)
 
     def _batch(self, grid: Grid) -> int:
         """Return how many to draw at once, at most.

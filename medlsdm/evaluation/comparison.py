@@ -33,7 +33,8 @@ class Comparison:
 
     ``told_apart_auc`` is how well a linear classifier tells patches from real ones (0.5: not at all), with
     its 95 % interval. Each FID is to be read against its floor: what two sets of ``fid_count`` real volumes
-    give. ``nearest`` is each volume's greatest correlation with a real one, ``nearest_real`` the same for real
+    give. ``fid_segmenter`` is of what a segmenter finds deepest, ``fid_segmenter_fine`` of what it finds first, each
+    such feature scaled to spread 1. ``nearest`` is each volume's greatest correlation with a real one, ``nearest_real`` the same for real
     ones. With a segmenter: ``dice`` of what it finds in the synthetic volumes against their maps, and
     ``dice_real`` the same in ``dice_real_count`` real volumes.
     """
@@ -54,6 +55,8 @@ class Comparison:
     nearest_real_max: float
     fid_segmenter: float | None = None
     fid_segmenter_floor: float | None = None
+    fid_segmenter_fine: float | None = None
+    fid_segmenter_fine_floor: float | None = None
     dice: float | None = None
     dice_real: float | None = None
     dice_real_count: int | None = None
@@ -102,6 +105,7 @@ class Yardstick:
 
         self._random = parts(random_features)
         self._deep = parts(lambda v: segmenter_features(segmenter, v)) if segmenter else None
+        self._fine = parts(lambda v: segmenter_features(segmenter, v, fine=True)) if segmenter else None
         self._dice = mean_dice(segmenter, real, real_labels) if segmenter and real_labels else None
 
     def measure(self, synthetic: Sequence[Volume], labels: Sequence[Labels] | None = None) -> Comparison:
@@ -115,11 +119,7 @@ class Yardstick:
         found = told_apart(self.real, synthetic)
         nearest = (fingerprints(synthetic) @ self._search.T).max(axis=1)
         power = _power(synthetic) / np.maximum(self._power, 1e-12)
-        segmenter, deep, deep_floor, overlap = self.segmenter, None, None, None
-        if segmenter is not None and self._deep is not None:
-            deep = mean_frechet(self._deep[0], segmenter_features(segmenter, synthetic), count)
-            deep_floor = mean_frechet(*self._deep, count)
-            overlap = mean_dice(segmenter, synthetic, labels) if labels else None
+        by_segmenter = {} if self.segmenter is None else self._by_segmenter(self.segmenter, synthetic, labels, count)
         return Comparison(
             real_count=len(self.real),
             synthetic_count=len(synthetic),
@@ -135,12 +135,27 @@ class Yardstick:
             nearest_max=float(nearest.max()),
             nearest_real_mean=float(self._nearest.mean()),
             nearest_real_max=float(self._nearest.max()),
-            fid_segmenter=deep,
-            fid_segmenter_floor=deep_floor,
-            dice=overlap,
             dice_real=self._dice,
             dice_real_count=None if self._dice is None else len(self.real),
+            **by_segmenter,
         )
+
+    def _by_segmenter(
+        self, segmenter: Segmenter, synthetic: Sequence[Volume], labels: Sequence[Labels] | None, count: int
+    ) -> dict[str, Any]:
+        """Return what needs the segmenter: both distances with their floors, and the Dice on the maps."""
+        assert self._deep is not None
+        assert self._fine is not None
+        scale = 1 / (self._fine[1].std(0) + 1e-9)
+        fine_real, fine_others = (rows * scale for rows in self._fine)
+        fine = segmenter_features(segmenter, synthetic, fine=True) * scale
+        return {
+            "fid_segmenter": mean_frechet(self._deep[0], segmenter_features(segmenter, synthetic), count),
+            "fid_segmenter_floor": mean_frechet(*self._deep, count),
+            "fid_segmenter_fine": mean_frechet(fine_real, fine, count),
+            "fid_segmenter_fine_floor": mean_frechet(fine_real, fine_others, count),
+            "dice": mean_dice(segmenter, synthetic, labels) if labels else None,
+        }
 
     @staticmethod
     def _enough(count: int, what: str) -> None:

@@ -190,14 +190,20 @@ def segment(model: Segmenter, volume: Volume) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def segmenter_features(model: Segmenter, volumes: Sequence[Volume]) -> NDArray[np.float64]:
-    """Return features [N, 64]: the means of the deepest activations, for a Frechet distance."""
+def segmenter_features(model: Segmenter, volumes: Sequence[Volume], *, fine: bool = False) -> NDArray[np.float64]:
+    """Return features [N, 64] of each volume, for a Frechet distance.
+
+    They are the means of the deepest activations. These tell what is where, and are nearly blind to blur and
+    noise; with ``fine`` they are means and spreads of the finest activations, which are not.
+    """
     device, rows = device_of(model), []
     for volume in volumes:
         padded = mirror_to(volume, round_up(volume.shape, STRIDE))
         with autocast(device):
-            deepest = model.encode(torch.from_numpy(np.ascontiguousarray(padded))[None, None].to(device))[-1]
-        rows.append(deepest[0].double().mean((1, 2, 3)).cpu().numpy())
+            scales = model.encode(torch.from_numpy(np.ascontiguousarray(padded))[None, None].to(device))
+        flat = (scales[0] if fine else scales[-1])[0].double().flatten(1)
+        row = torch.cat([flat.mean(1), flat.std(1)]) if fine else flat.mean(1)
+        rows.append(row.cpu().numpy())
     return np.stack(rows)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from medlsdm.errors import ConfigError, ResourceError
@@ -110,9 +110,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
             parameter.grad /= size
 
 
-def average_tensors(tensors: list[Tensor]) -> None:
-    """Give every process the mean of all processes' tensors, in place; nothing to do alone."""
-    size = rank_and_size()[1]
-    for tensor in tensors if size > 1 else []:
-        distributed.all_reduce(tensor)
-        tensor /= size
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the first, such as a codebook that follows what it saw; nothing to do alone."""
+    for buffer in module.buffers() if rank_and_size()[1] > 1 else ():
+        distributed.broadcast(buffer, 0)

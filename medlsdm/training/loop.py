@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from medlsdm.config import StageConfig
 from medlsdm.errors import DataError, MedlsdmError
-from medlsdm.training.devices import average_gradients, memory_advice, rank_and_size, recomputed_blocks
+from medlsdm.training.devices import average_gradients, memory_advice, rank_and_size, recomputed_blocks, share_buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,7 @@ def fit(
             average_gradients(parameters)
             norm = float(nn.utils.clip_grad_norm_(parameters, stage.gradient_clip))
             optimiser.step()
+            share_buffers(module)
             if after_step is not None:
                 after_step()
             if progress is not None:

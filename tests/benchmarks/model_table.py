@@ -80,8 +80,14 @@ BARS = (
     ),
     _of_set("FID over floor, random features", lambda s: s["fid"] / s["fid_floor"], at_most(2.5), at_most(1.3)),
     _of_set(
-        "FID over floor, segmenter's features",
+        "FID over floor, segmenter's deepest",
         lambda s: s["fid_segmenter"] / s["fid_segmenter_floor"],
+        at_most(2.0),
+        at_most(1.2),
+    ),
+    _of_set(
+        "FID over floor, segmenter's finest",
+        lambda s: s["fid_segmenter_fine"] / s["fid_segmenter_fine_floor"],
         at_most(2.0),
         at_most(1.2),
     ),
@@ -165,6 +171,7 @@ SET_COLUMNS: tuple[tuple[str, Callable[[Result], float]], ...] = (
     *((f"band {i}", lambda s, i=i: s["power_ratio_by_band"][i]) for i in range(6)),
     ("FID rnd", lambda s: s["fid"] / s["fid_floor"]),
     ("FID seg", lambda s: s["fid_segmenter"] / s["fid_segmenter_floor"]),
+    ("FID fine", lambda s: s["fid_segmenter_fine"] / s["fid_segmenter_fine_floor"]),
     ("Dice", lambda s: s["dice"]),
     ("nearest", lambda s: s["nearest_mean"]),
     ("largest", lambda s: s["nearest_max"]),

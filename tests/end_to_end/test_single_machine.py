@@ -27,7 +27,7 @@ def medlsdm(*arguments: object, expect: int = 0) -> tuple[dict, str]:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("single")
-    for seed in range(4):
+    for seed in range(6):
         scan, labels = generate(seed, Modality.MR, (17, 19, 14))
         write_nifti(root / "data/images" / f"p{seed}.nii.gz", scan.array, scan.geometry)
         write_nifti(root / "data/labels" / f"p{seed}.nii.gz", labels.array, labels.geometry)
@@ -57,8 +57,8 @@ def test_from_pairs_to_an_evaluated_synthetic_set(workplace):
         "synthesise", "--checkpoint", workplace / "run", "--labels", workplace / "data/labels", "--out",
         workplace / "synthetic", "--threads", 1,
     )  # fmt: skip
-    assert [row["file"] for row in made["volumes"]] == [f"p{seed}.nii.gz" for seed in range(4)]
-    for seed in range(4):
+    assert [row["file"] for row in made["volumes"]] == [f"p{seed}.nii.gz" for seed in range(6)]
+    for seed in range(6):
         array, geometry = read_nifti(workplace / "synthetic" / f"p{seed}.nii.gz")
         _, expected = read_nifti(workplace / "data/labels" / f"p{seed}.nii.gz")
         assert geometry.matches(expected)
@@ -66,7 +66,7 @@ def test_from_pairs_to_an_evaluated_synthetic_set(workplace):
         assert array.std() > 0
 
     found, _ = medlsdm("evaluate", "--real", workplace / "data/images", "--synthetic", workplace / "synthetic")
-    assert found["real_count"] == found["synthetic_count"] == 4
+    assert found["real_count"] == found["synthetic_count"] == 6
     assert found["fid"] > found["fid_floor"]
 
     weights = workplace / "run/denoiser.safetensors"

@@ -7,6 +7,7 @@ from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from medlsdm.errors import DataError
+from medlsdm.evaluation.comparison import Yardstick
 from medlsdm.evaluation.matched_noise import MatchedNoise
 from medlsdm.evaluation.metrics import band_power, mean_frechet
 from medlsdm.evaluation.segmenter import (
@@ -137,6 +138,19 @@ def test_segmenter_learns_balls_and_repeats_itself():
     assert mean_dice(model, *balls(1, 4)) > 0.85
     assert segment(model, images[0]).shape == images[0].shape
     assert segmenter_features(model, images[:3]).shape == (3, 64)
+
+
+def test_fine_features_see_blur_that_the_deepest_hardly_see():
+    images, labels = balls(0, 40)
+    yardstick = Yardstick(images[:10], images[10:20], labels[:10], train_segmenter(images, labels, 2, steps=30))
+    same, blurred = (
+        yardstick.measure(images[20:30]),
+        yardstick.measure([ndimage.gaussian_filter(v, 0.8) for v in images[30:]]),
+    )
+    assert same.fid_segmenter_fine is not None
+    assert blurred.fid_segmenter_fine is not None
+    assert blurred.fid_segmenter_fine > 2 * same.fid_segmenter_fine
+    assert same.fid_segmenter_fine_floor == blurred.fid_segmenter_fine_floor
 
 
 def test_the_same_seed_trains_the_same_segmenter():

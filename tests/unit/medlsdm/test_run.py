@@ -275,11 +275,16 @@ folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 torch.manual_seed(0)
 model = nn.Linear(6, 1)
+model.register_buffer("seen", torch.zeros(()))
+def loss(rng):
+    rows = torch.from_numpy(rng.random((8, 6), dtype="float32"))
+    model.seen.copy_(rows.sum())
+    return model(rows).square().mean()
 fit(
-    model, lambda rng: model(torch.from_numpy(rng.random((8, 6), dtype="float32"))).square().mean(),
+    model, loss,
     StageConfig(steps=5), "together", steps=5, first_step=0, total_steps=None, seed=7, progress=None, optimiser=None,
 )
-(folder / str(rank)).write_text(repr([p.tolist() for p in model.parameters()]))
+(folder / str(rank)).write_text(repr([p.tolist() for p in model.state_dict().values()]))
 distributed.destroy_process_group()
 """
 
@@ -303,5 +308,5 @@ def test_two_processes_take_the_step_of_one_with_the_double_batch(tmp_path):
     fit(
         model, double, stage, "alone", steps=5, first_step=0, total_steps=None, seed=7, progress=None, optimiser=None
     )  # fmt: skip
-    for found, expected in zip(first, model.parameters(), strict=True):
+    for found, expected in zip(first[:2], model.parameters(), strict=True):
         torch.testing.assert_close(torch.tensor(found), expected.detach())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medlsdm.anatomy import generate
-from medlsdm.config import load_preset
+from medlsdm.config import Preset, load_preset
 from medlsdm.errors import DataError, GeometryError, SchemaError
 from medlsdm.models.unet import build_denoiser
 from medlsdm.models.vqgan import build_autoencoder
