@@ -123,9 +123,9 @@ made, _ = make_checkpoint(preset=preset, schema=schema, modalities=[Modality.CT]
 shape = (112, 104, 90)
 labels = SemanticMap(np.zeros(shape, np.uint8), Geometry(np.eye(4), shape), schema)
 drawer = Synthesiser(made, threads=1)
-drawer.synthesise(labels, seed=0, steps=1, memory={600 * MIB})
+drawer.synthesise(labels, seed=0, steps=1, memory={700 * MIB})
 print(drawer.last_plan.estimate_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     estimate, peak = map(int, done.stdout.split())
-    assert peak <= estimate <= 600 * MIB
+    assert peak <= estimate <= 700 * MIB
