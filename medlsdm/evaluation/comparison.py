@@ -33,10 +33,11 @@ class Comparison:
 
     ``told_apart_auc`` is how well a linear classifier tells patches from real ones (0.5: not at all), with
     its 95 % interval. Each FID is to be read against its floor: what two sets of ``fid_count`` real volumes
-    give. ``fid_segmenter`` is of what a segmenter finds deepest, ``fid_segmenter_fine`` of what it finds first, each
-    such feature scaled to spread 1. ``nearest`` is each volume's greatest correlation with a real one, ``nearest_real`` the same for real
-    ones. With a segmenter: ``dice`` of what it finds in the synthetic volumes against their maps, and
-    ``dice_real`` the same in ``dice_real_count`` real volumes.
+    give. ``fid_segmenter`` is of what a segmenter finds deepest, which is nearly blind to blur and noise;
+    ``fid_segmenter_fine`` of what it finds first, each feature scaled to spread 1. ``nearest`` is each
+    volume's greatest correlation with a real one, ``nearest_real`` the same for real ones. With a segmenter:
+    ``dice`` of what it finds in the synthetic volumes against their maps, and ``dice_real`` the same in
+    ``dice_real_count`` real volumes.
     """
 
     real_count: int
