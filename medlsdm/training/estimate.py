@@ -91,7 +91,7 @@ def _phase(phase: Phase) -> Cost:
     """Return the cost of a whole phase: per step, and per slice for what follows each."""
     if not phase.stage.steps:
         return Cost(0, 0)
-    _timed(phase, 1)  # the first steps are slower
+    phase.train(0, 1)  # makes ready what a phase prepares once, and the first step is slow
     one = _timed(phase, 1)
     more = max(2, min(40, round(AIM_SECONDS / max(one.wall, 1e-3))))
     many = _timed(phase, 1 + more)

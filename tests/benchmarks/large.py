@@ -58,8 +58,6 @@ def save_untrained(folder: Path, name: str) -> None:
                 torch.nn.init.normal_(parameter, std=0.05)
     if parts[0].texture is not None:
         parts[0].texture.trained.fill_(1)
-    if parts[0].texture is not None:
-        parts[0].texture.trained.fill_(1)
     states = {"autoencoder": parts[0].state_dict(), "denoiser": parts[1].state_dict()}
     save_checkpoint(folder, preset=preset, schema=schema, modalities=[Modality.MR], **states)
 
