@@ -84,7 +84,7 @@ def train(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Train on folders of pairs: compression, texture, then synthesis. Running it again goes on where it stopped.
+    """Train on folders of pairs: compression, synthesis, then texture. Running it again goes on where it stopped.
 
     Several GPUs: accelerate launch -m medlsdm.cli train ...
     """
