@@ -33,9 +33,9 @@ from medlsdm.memory import (
     Grid,
     Needs,
     Plan,
-    footprint,
     free_bytes,
     make_plan,
+    measured_footprint,
     resident_bytes,
 )
 from medlsdm.models.spade import SLAB_BYTES
@@ -302,7 +302,7 @@ class Synthesiser:
     @cached_property
     def _needs(self) -> Needs:
         """Measure the networks on a small cube."""
-        config, size = self.checkpoint.preset.autoencoder, 2 * max(4, self._reach()[1])
+        config, size = self.checkpoint.preset.autoencoder, 2 * max(8, self._reach()[1])
         sides = [size * s for s in self._strides]
         labels = torch.zeros((1, *sides), dtype=torch.uint8, device=self._device)
         latents = torch.zeros((1, config.latent_channels, size, size, size), device=self._device)
@@ -317,10 +317,8 @@ class Synthesiser:
                 "network": lambda: self._denoiser(latents, latents.new_zeros(1), guidance, *conditions),
                 "decode": lambda: self._decoder.decode(latents, labels, noise, None),
             }
-            for call in calls.values():
-                call()  # casts the weights, which are kept from then on
             return Needs(
-                **{name: footprint(call, size**3) for name, call in calls.items()},
+                **{name: measured_footprint(call, size**3, self._device) for name, call in calls.items()},
                 state=STATES * 4.0 * config.latent_channels,
                 labels=math.prod(self._strides),
                 output=0.0 if self._device.type == "cuda" else 4.0 * math.prod(self._strides),

@@ -18,6 +18,7 @@ from medlsdm.memory import (
     footprint,
     free_bytes,
     make_plan,
+    measured_footprint,
     parse_bytes,
     resident_bytes,
 )
@@ -60,7 +61,18 @@ def test_footprint_counts_a_shared_storage_once():
     assert (found.peak, found.kept) == (4, 4)
 
 
-@pytest.mark.parametrize("budget_bytes", [2**40, 1500 * MIB, 1000 * MIB, 700 * MIB, 560 * MIB])
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are read from /proc")
+def test_a_measured_footprint_has_what_is_taken_beside_tensors():
+    def call() -> torch.Tensor:
+        beside = np.ones(64 * MIB, dtype=np.uint8)
+        return torch.full((MIB,), float(beside[-1]))
+
+    found = measured_footprint(call, voxels=MIB, device=torch.device("cpu"))
+    assert 64 <= found.peak < 80
+    assert found.kept == 4
+
+
+@pytest.mark.parametrize("budget_bytes", [2**40, 1100 * MIB, 800 * MIB, 600 * MIB, 460 * MIB])
 def test_plans_keep_to_the_budget_and_cut_no_more_than_needed(budget_bytes):
     plan = make_plan(GRID, NEEDS, budget_bytes, 150 * MIB, batch=4)
     assert plan.estimate_bytes is not None
@@ -71,7 +83,7 @@ def test_plans_keep_to_the_budget_and_cut_no_more_than_needed(budget_bytes):
 
 
 def test_less_memory_never_makes_larger_windows():
-    budgets = [n * MIB for n in range(560, 2500, 90)]
+    budgets = [n * MIB for n in range(460, 2500, 90)]
     plans = [make_plan(GRID, NEEDS, budget, 150 * MIB) for budget in budgets]
     tiles = [int(np.prod(plan.decoding_parts)) for plan in plans]
     assert tiles == sorted(tiles, reverse=True)
@@ -79,7 +91,7 @@ def test_less_memory_never_makes_larger_windows():
 
 def test_windows_of_a_network_that_sees_everything_are_blended():
     grid = Grid((64, 48, 40), halo=8, align=2, decoder_halo=5, exact=False, halves=2, calls=6, slab_bytes=MIB)
-    assert make_plan(grid, NEEDS, 560 * MIB, 150 * MIB).blended
+    assert make_plan(grid, NEEDS, 460 * MIB, 150 * MIB).blended
     assert not make_plan(grid, NEEDS, 2**40, 150 * MIB).blended
 
 
@@ -120,12 +132,12 @@ preset, schema = load_preset("tiny"), load_schema("procedural")
 parts = build_autoencoder(preset, 12), build_denoiser(preset, 12)
 made, _ = make_checkpoint(preset=preset, schema=schema, modalities=[Modality.CT],
                           autoencoder=parts[0].state_dict(), denoiser=parts[1].state_dict())
-shape = (112, 104, 90)
+shape = (144, 128, 112)
 labels = SemanticMap(np.zeros(shape, np.uint8), Geometry(np.eye(4), shape), schema)
 drawer = Synthesiser(made, threads=1)
-drawer.synthesise(labels, seed=0, steps=1, memory={700 * MIB})
+drawer.synthesise(labels, seed=0, steps=1, memory={900 * MIB})
 print(drawer.last_plan.estimate_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     estimate, peak = map(int, done.stdout.split())
-    assert peak <= estimate <= 700 * MIB
+    assert peak <= estimate <= 900 * MIB
