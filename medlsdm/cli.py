@@ -79,6 +79,9 @@ def train(
     ] = True,
     estimate: Annotated[bool, typer.Option("--estimate", help="Only say what time, memory and disk it takes.")] = False,
     device: Device = "auto",
+    few_steps: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Teach the model to draw in so many calls; half of stage 2 longer.")
+    ] = None,
     steps_scale: Annotated[float, typer.Option(help="Multiply the preset's steps.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Threads = None,
@@ -105,6 +108,7 @@ def train(
         checkpoint = load_checkpoint(start)
         settings = settings if preset else checkpoint.preset.scaled(steps_scale)
         labels = labels or checkpoint.schema
+    settings = settings.for_few_steps(few_steps) if few_steps else settings
     pairs = read_sources(sources, labels)
 
     from medlsdm.training.devices import join_processes, rank_and_size

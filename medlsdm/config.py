@@ -125,11 +125,13 @@ class StageConfig(Settings):
 
     ``crop`` cuts smaller training volumes than the preset's window. ``gradient_checkpointing`` saves
     memory for a third more time; ``compile`` and ``channels_last`` lose time on CPUs and may win on GPUs.
+    ``optimiser`` is AdamW or Muon, which takes fewer steps.
     """
 
     steps: int = Field(ge=0)
     batch: int = Field(default=4, ge=1)
     crop: Triple | None = None
+    optimiser: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup: int = Field(default=20, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -182,7 +184,17 @@ class Stage1Config(StageConfig):
     losses: Stage1Losses = Stage1Losses()
 
 
-SamplerName = Literal["euler", "heun", "ddim", "dpm++", "ancestral"]
+class ReflowConfig(StageConfig):
+    """Say how the denoiser learns to take few steps, after stage 2; 0 ``steps`` of training leave it out.
+
+    It learns ``sampling.steps`` steps of ``euler``. ``guidance`` goes into what it learns and costs nothing later.
+    """
+
+    steps: int = Field(default=0, ge=0)
+    guidance: float = Field(default=1.0, ge=0)
+
+
+SamplerName = Literal["euler", "heun", "adams", "ddim", "dpm++", "ancestral"]
 
 
 class SamplingConfig(Settings):
@@ -202,7 +214,8 @@ class SamplingConfig(Settings):
 class Preset(Settings):
     """Hold everything that shapes and trains a model. ``window`` is the largest training crop.
 
-    ``texture`` trains the autoencoder's texture decoder between both stages, where it has one.
+    ``reflow`` teaches the denoiser to take few steps, and ``texture`` then trains the autoencoder's texture
+    decoder, where it has one.
     """
 
     name: str
@@ -212,6 +225,7 @@ class Preset(Settings):
     stage1: Stage1Config
     texture: StageConfig = StageConfig(steps=0)
     stage2: StageConfig
+    reflow: ReflowConfig = ReflowConfig()
     sampling: SamplingConfig
 
     @model_validator(mode="after")
@@ -219,6 +233,8 @@ class Preset(Settings):
         for size in (self.window, *(stage.crop for stage in self._stages.values() if stage.crop)):
             if any(n % s for n, s in zip(size, self.autoencoder.strides, strict=True)):
                 raise ValueError(f"window or crop {size} is no multiple of strides {self.autoencoder.strides}")
+        if self.reflow.steps and (self.sampling.sampler != "euler" or self.denoiser.objective.kind != "flow"):
+            raise ValueError("reflow takes a denoiser with the objective flow, and the sampler euler afterwards")
         return self
 
     @property
@@ -230,6 +246,16 @@ class Preset(Settings):
     def _stages(self) -> dict[str, StageConfig]:
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: value for name, value in values.items() if isinstance(value, StageConfig)}
+
+    def for_few_steps(self, steps: int) -> Preset:
+        """Return the preset with a denoiser that learns, for half as long again, to draw in so many steps."""
+        taught = self.stage2.model_dump() | {
+            "steps": -(-self.stage2.steps // 2),
+            "learning_rate": self.stage2.learning_rate / 3,
+            "guidance": self.sampling.guidance,
+        }
+        drawn = self.sampling.model_dump() | {"sampler": "euler", "steps": steps, "guidance": 1.0}
+        return Preset.model_validate(self.model_dump() | {"reflow": taught, "sampling": drawn})
 
     def for_spacing(self, spacing: Spacing) -> Preset:
         """Return the preset for voxels of this size (R, A, S, in mm).

@@ -56,7 +56,8 @@ def sample(
         noise: From ``seeded_noise``.
         steps: At least 1.
         method: ``euler`` and ``heun`` follow the slope, ``ddim`` and ``dpm++`` (2M) the predicted data;
-            ``ancestral`` throws away noise and adds fresh noise.
+            ``adams`` follows, by this slope and the one before, the path on which noise of variance 1 stands
+            still; ``ancestral`` throws away noise and adds fresh noise.
         objective: What the network predicts.
         seeds: Of the samples; the ancestral sampler draws its fresh noise from them.
         shift: See ``time_grid``.
@@ -66,7 +67,8 @@ def sample(
         ConfigError: The ancestral sampler was given no seeds.
 
     Source: Song et al. (arXiv 2010.02502), equation 12, for DDIM; Lu et al. (arXiv 2211.01095), algorithm 2,
-    for DPM-Solver++(2M); Ho et al. (arXiv 2006.11239), equation 7, for ancestral sampling.
+    for DPM-Solver++(2M); Ho et al. (arXiv 2006.11239), equation 7, for ancestral sampling; Bashforth and
+    Adams (1883), of second order, for ``adams``.
     """
     if method == "ancestral" and seeds is None:
         raise ConfigError("The ancestral sampler needs the samples' seeds.", "Give seeds, or take another sampler.")
@@ -78,7 +80,7 @@ def sample(
         now = times[index].to(x).expand(len(x))
         return objective.estimate(network(x, now), x, now)
 
-    x, history = noise, []
+    x, history, past = noise, [], None
     for index, (now, then) in enumerate(itertools.pairwise(times.tolist())):
         here = look(x, index)
         if method == "ddim":
@@ -86,6 +88,8 @@ def sample(
         elif method == "dpm++":
             history = [*history[-1:], here.data]
             x = _multistep(x, history, levels[max(0, index - 1) : index + 2])
+        elif method == "adams":
+            x, past = _adams(x, here, past, levels[index], levels[index + 1])
         elif method == "ancestral":
             x = _ancestral(x, here.data, levels[index], levels[index + 1], fresh)
         else:
@@ -99,6 +103,9 @@ def sample(
 Level = tuple[float, float]
 """Factors of data and of noise at one time."""
 
+Slope = tuple[Tensor, float]
+"""A slope, and how long the step along it was."""
+
 
 def _multistep(x: Tensor, history: list[Tensor], levels: list[Level]) -> Tensor:
     """Step by the data predicted now and, where there is one, one step ago; the last step is of first order."""
@@ -109,6 +116,18 @@ def _multistep(x: Tensor, history: list[Tensor], levels: list[Level]) -> Tensor:
         weight = step / (2 * (logs[-2] - logs[-3]))
         data = data + weight * (data - history[-2])
     return next_sigma / sigma * x - next_signal * math.expm1(-step) * data
+
+
+def _adams(x: Tensor, here: Estimate, past: Slope | None, now: Level, then: Level) -> tuple[Tensor, Slope]:
+    """Step along the angle between data and noise, latents scaled to the variance that white noise would have.
+
+    Standardised latents hardly move on this path, so few steps do. The first step, which has no past, is of
+    first order.
+    """
+    angle, next_angle = (math.atan2(sigma, signal) for signal, sigma in (now, then))
+    step, slope = next_angle - angle, math.cos(angle) * here.noise_pred - math.sin(angle) * here.data
+    ahead = slope if past is None else slope + step / (2 * past[1]) * (slope - past[0])
+    return math.hypot(*then) * (x / math.hypot(*now) + step * ahead), (slope, step)
 
 
 def _ancestral(x: Tensor, data: Tensor, now: Level, then: Level, fresh: Iterator[Tensor]) -> Tensor:

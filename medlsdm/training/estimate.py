@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from medlsdm.training.run import STAGE2, TEXTURE, Phase, TrainingRun
+from medlsdm.training.run import REFLOW, STAGE2, TEXTURE, Phase, TrainingRun
 from medlsdm.training.state import state_bytes
 
 AIM_SECONDS = 3.0
@@ -111,10 +111,12 @@ def _timed(phase: Phase, steps: int) -> Cost:
 
 
 def _once(run: TrainingRun, phase: str) -> Cost:
-    """Return the cost of what comes once before a phase: encoding the scans, or drawing samples."""
+    """Return the cost of what comes once before a phase: encoding the scans, drawing paths, or drawing samples."""
     cpu, wall = time.process_time(), time.perf_counter()
     if phase == STAGE2:
         _ = run.latents
+    if phase == REFLOW:
+        _ = run.trajectories
     if phase == TEXTURE:
         _ = run.samples
     return Cost(time.process_time() - cpu, time.perf_counter() - wall)

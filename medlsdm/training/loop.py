@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medlsdm.config import StageConfig
 from medlsdm.errors import DataError, MedlsdmError
 from medlsdm.training.devices import average_gradients, memory_advice, rank_and_size, recomputed_blocks, share_buffers
+from medlsdm.training.muon import Muon, muon_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,15 @@ def learning_rate(stage: StageConfig, step: int, total_steps: int) -> float:
     return stage.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total_steps))))
 
 
-def make_optimiser(module: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices and convolutions only."""
+def make_optimiser(module: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:
+    """Return the stage's optimiser, with weight decay on matrices and convolutions only.
+
+    Muon leaves the layer ``out``, by which our networks end, to AdamW.
+    """
+    if stage.optimiser == "muon":
+        out = getattr(module, "out", None)
+        last = out.parameters() if isinstance(out, nn.Module) else ()
+        return Muon(muon_groups(module, stage.weight_decay, last), lr=stage.learning_rate)
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},

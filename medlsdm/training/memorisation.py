@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from medlsdm.config import SamplerName
 from medlsdm.diffusion.objectives import Objective
 from medlsdm.diffusion.samplers import sample, seeded_noise
 from medlsdm.errors import DataError
@@ -57,7 +58,14 @@ def _chance_nearer(ours: list[float], theirs: list[float]) -> float:
 
 @torch.no_grad()
 def draw_latents(
-    denoiser: SemanticUNet, latents: LatentSet, chosen: NDArray[np.int64], *, seeds: range, steps: int, batch: int = 8
+    denoiser: SemanticUNet,
+    latents: LatentSet,
+    chosen: NDArray[np.int64],
+    *,
+    seeds: range,
+    steps: int,
+    method: SamplerName = "heun",
+    batch: int = 8,
 ) -> NDArray[np.float32]:
     """Draw standardised latents [N, C, x, y, z] under the label maps and conditions of the chosen rows."""
     training, device = denoiser.training, device_of(denoiser)
@@ -68,7 +76,8 @@ def draw_latents(
         network = network_of(denoiser, LatentBatch.of(latents, rows, device))
         noise = seeded_noise(own, latents.latents.shape[1:]).to(device)
         objective = Objective(denoiser.config.objective)
-        parts.append(sample(network, noise, steps=steps, objective=objective).cpu().numpy())
+        drawn = sample(network, noise, steps=steps, method=method, objective=objective, seeds=own)
+        parts.append(drawn.cpu().numpy())
     denoiser.train(training)
     return np.concatenate(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from medlsdm.training.logs import TrainingLog
 from medlsdm.training.loop import Progress, Report, make_optimiser
 from medlsdm.training.memorisation import memorisation_rate
 from medlsdm.training.patients import TrainingSet, split_patients
+from medlsdm.training.reflow import Trajectories, draw_trajectories, reflow
 from medlsdm.training.stage1 import train_stage1
 from medlsdm.training.stage2 import LatentSet, encode_latents, held_out_loss, train_stage2
 from medlsdm.training.state import Stateful, read_state, write_state
@@ -36,7 +38,7 @@ from medlsdm.training.texture import LatentSamples, draw_samples, train_texture
 from medlsdm.training.watch import Watch
 
 RESUME = "resume.safetensors"
-STAGE1, STAGE2, TEXTURE = "stage 1", "stage 2", "texture"
+STAGE1, STAGE2, REFLOW, TEXTURE = "stage 1", "stage 2", "reflow", "texture"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,9 @@ class TrainingRun:
             Phase(STAGE1, preset.stage1, self.autoencoder, self._train_stage1),
             Phase(STAGE2, preset.stage2, self.denoiser, self._train_stage2),
         ]
+        self._teacher = copy.deepcopy(self.denoiser) if preset.reflow.steps else None
+        if self._teacher is not None:
+            self.phases.append(Phase(REFLOW, preset.reflow, self.denoiser, self._train_reflow))
         self._critic = None
         if preset.texture.steps and self.autoencoder.texture is not None:
             self._critic = critic
@@ -117,7 +122,12 @@ class TrainingRun:
             **{f"optimiser of {name}": optimiser for name, optimiser in self._optimisers.items()},
         }
         self._average = Ema(self.denoiser, preset.denoiser.ema) if preset.denoiser.ema else None
-        optional = {"adversary": self._adversary, "average of the denoiser": self._average, "critic": self._critic}
+        optional = {
+            "adversary": self._adversary,
+            "average of the denoiser": self._average,
+            "critic": self._critic,
+            "teacher": self._teacher,
+        }
         self.parts |= {name: part for name, part in optional.items() if part is not None}
         self.position = {phase.name: 0 for phase in self.phases}
         self._watch = Watch(folder, self.data, self.held_out, seed, self.device) if pictures or hold_out else None
@@ -165,7 +175,9 @@ class TrainingRun:
     def samples(self) -> LatentSamples:
         """Draw synthetic latents once, when stage 2 is done."""
         with self._average.applied() if self._average else nullcontext():
-            return draw_samples(self.autoencoder, self.denoiser, self.latents, seed=self.seed + 10_000)
+            return draw_samples(
+                self.autoencoder, self.denoiser, self.latents, self.preset.sampling, seed=self.seed + 10_000
+            )
 
     def _train_stage2(self, first_step: int, steps: int) -> float:
         return train_stage2(
@@ -173,6 +185,27 @@ class TrainingRun:
             total_steps=self.preset.stage2.steps, seed=self.seed + 1, progress=self._note,
             optimiser=self._optimisers[STAGE2], ema=self._average,
         )  # fmt: skip
+
+    def _train_reflow(self, first_step: int, steps: int) -> float:
+        assert self._teacher is not None
+        if first_step == 0:
+            if self._average is not None:
+                self.denoiser.load_state_dict(self._average.weights())
+            self._teacher.load_state_dict(self.denoiser.state_dict())
+        return reflow(
+            self.denoiser, self.trajectories, self.preset.reflow, steps=steps, first_step=first_step,
+            total_steps=self.preset.reflow.steps, seed=self.seed + 3, progress=self._note,
+            optimiser=self._optimisers[REFLOW], ema=self._average,
+        )  # fmt: skip
+
+    @cached_property
+    def trajectories(self) -> Trajectories:
+        """Draw the paths of what stage 2 has trained, once."""
+        assert self._teacher is not None
+        few, guidance = self.preset.sampling, self.preset.reflow.guidance
+        return draw_trajectories(
+            self._teacher, self.latents, segments=few.steps, guidance=guidance, seed=self.seed, shift=few.shift
+        )
 
     def _augmented(self, stage: StageConfig) -> TrainingSet:
         return replace(self.data, augment=stage.augment)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medlsdm.config import Preset, StageConfig
+from medlsdm.config import Preset, SamplingConfig, StageConfig
 from medlsdm.errors import ConfigError
 from medlsdm.models.spade import one_hot
 from medlsdm.models.texture import TextureDecoder, grain_strength
@@ -32,7 +32,6 @@ MATCHED_SHARE = 0.5
 
 CRITIC_CROPS = 640
 SAMPLES = 160
-SAMPLING_STEPS = 4
 FEWEST_STEPS = 500
 """Texture that was taught for less is stripes rather than grain."""
 SEED = 20_251
@@ -165,11 +164,14 @@ def _real_crops(data: TrainingSet, stage: StageConfig, device: torch.device) -> 
             yield torch.from_numpy(np.ascontiguousarray(data.crops([index], rng, stage.crop).images)).to(device)
 
 
-def draw_samples(model: VQGAN, denoiser: SemanticUNet, latents: LatentSet, *, seed: int) -> LatentSamples:
+def draw_samples(
+    model: VQGAN, denoiser: SemanticUNet, latents: LatentSet, sampling: SamplingConfig, *, seed: int
+) -> LatentSamples:
     """Draw latents under the label maps of at most ``SAMPLES`` patients, from the central crop of each."""
     count = len(np.unique(latents.patient))
     chosen = np.linspace(0, count - 1, min(count, SAMPLES)).round().astype(int)
-    drawn = draw_latents(denoiser, latents, chosen, seeds=range(seed, seed + len(chosen)), steps=SAMPLING_STEPS)
+    seeds = range(seed, seed + len(chosen))
+    drawn = draw_latents(denoiser, latents, chosen, seeds=seeds, steps=sampling.steps, method=sampling.sampler)
     real = latents.mask[chosen, 0] > 0
     inside = [real.any(axis=tuple({1, 2, 3} - {axis})).sum(1) for axis in (1, 2, 3)]
     strides = np.array(model.config.strides)
