@@ -71,6 +71,9 @@ def train(
     hold_out: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of patients to measure with instead of training on them.")
     ] = 0.0,
+    features: Annotated[
+        Path | None, typer.Option(help="A VGG's weights (.safetensors), for the preset's perceptual loss to look with.")
+    ] = None,
     keep_strides: Annotated[
         bool, typer.Option("--keep-strides", help="Do not fit the preset to the data's voxel size.")
     ] = False,
@@ -117,8 +120,14 @@ def train(
     if checkpoint is None and not keep_strides:
         settings = settings.for_spacing(typical_spacing(scan.geometry for scan, _ in pairs))
     _set_threads(threads)
+    network = None
+    if features is not None:
+        from medlsdm.models.perceptual import load_features
+
+        network = load_features(features)
     arguments: dict[str, Any] = {
         "preset": settings, "seed": seed, "device": join_processes(device), "start": checkpoint, "hold_out": hold_out,
+        "features": network,
     }  # fmt: skip
     if estimate:
         from medlsdm.training.estimate import estimate_training

@@ -8,13 +8,14 @@ Any VGG without BatchNorm fits, in one or three input channels: tensors ``featur
 
 from __future__ import annotations
 
+import hashlib
 import re
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,6 +40,11 @@ class FeatureNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         self.requires_grad_(False)
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the weights."""
+        return hashlib.sha256(save({name: t.cpu().contiguous() for name, t in self.state_dict().items()})).hexdigest()
 
     def forward(self, slices: Tensor) -> list[Tensor]:
         """Return each stage's features of [N, 1, X, Y] in -1..1, of length 1 at each pixel."""

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from medlsdm.config import Preset, StageConfig
 from medlsdm.errors import ConfigError, SchemaError
 from medlsdm.model_card import ModelCard
 from medlsdm.models.ema import Ema
+from medlsdm.models.perceptual import FeatureNetwork
 from medlsdm.models.unet import SemanticUNet, build_denoiser
 from medlsdm.models.vqgan import VQGAN, build_autoencoder
 from medlsdm.training.adversary import build_adversary
@@ -74,10 +76,12 @@ class TrainingRun:
         device: Where to train.
         start: Whose weights to begin with, for fine-tuning.
         hold_out: The share of patients that is never trained on, to measure with.
+        features: What the perceptual loss of stage 1 looks with; fixed random convolutions by default.
         pictures: Look at cases at every save; they show real patients and stay in the folder.
 
     Raises:
-        ConfigError: The folder holds another run, or ``start`` is of another architecture.
+        ConfigError: The folder holds another run, ``start`` is of another architecture, or ``features`` are given
+            to a preset without perceptual loss.
         SchemaError: ``start`` is under another label schema.
         IntegrityError: The state to resume from is damaged.
     """
@@ -93,11 +97,18 @@ class TrainingRun:
         device: torch.device | str = "cpu",
         start: Checkpoint | None = None,
         hold_out: float = 0.0,
+        features: FeatureNetwork | None = None,
         pictures: bool = True,
     ) -> None:
         self.folder, self.preset, self.seed, self.start = folder, preset, seed, start
         self.data, self.held_out = split_patients(data, hold_out)
         self.device = torch.device(device)
+        if features is not None and not preset.stage1.losses.perceptual:
+            raise ConfigError(
+                f"The preset {preset.name!r} has no perceptual loss to use the feature network in.",
+                "Set stage1.losses.perceptual above 0 in a preset of your own, or leave the network out.",
+            )
+        self.features = features
         self._report, self._log = progress, None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -161,7 +172,7 @@ class TrainingRun:
         return train_stage1(
             self.autoencoder, self._augmented(self.preset.stage1), self.preset.stage1, steps=steps,
             first_step=first_step, total_steps=self.preset.stage1.steps, seed=self.seed, progress=self._note,
-            optimiser=self._optimisers[STAGE1], adversary=self._adversary,
+            optimiser=self._optimisers[STAGE1], adversary=self._adversary, features=self.features,
         )  # fmt: skip
 
     def _train_texture(self, first_step: int, steps: int) -> float:
@@ -239,7 +250,8 @@ class TrainingRun:
         """Return a digest of what must be equal for a run to go on."""
         sets = [[p.subject for p in part.patients] if part else [] for part in (self.data, self.held_out)]
         start = self.start.card.digest if self.start else None
-        text = json.dumps([self.preset.digest, self.data.schema.digest, self.seed, sets, start, rank_and_size()[1]])
+        about = [self.preset.digest, self.data.schema.digest, self.seed, sets, start, rank_and_size()[1]]
+        text = json.dumps(about + ([self.features.digest] if self.features else []))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _save(self, stage: str) -> None:
@@ -255,6 +267,8 @@ class TrainingRun:
     def _look(self, stage: str) -> None:
         """Measure on patients held out, and let the watch look at cases."""
         step = self.position[stage]
+        if stage == STAGE1 and self._adversary is not None and math.isfinite(self._adversary.hinge):
+            self.log.measure(stage, step, {"hinge loss": self._adversary.hinge})
         if stage == STAGE2 and self._held_out_latents is not None:
             with self._average.applied() if self._average else nullcontext():
                 loss = held_out_loss(self.denoiser, self._held_out_latents, seed=self.seed)

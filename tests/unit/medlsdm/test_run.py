@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medlsdm.anatomy import generate
 from medlsdm.checkpoints import load_checkpoint
-from medlsdm.config import StageConfig
+from medlsdm.config import AdversarialConfig, StageConfig
 from medlsdm.errors import ConfigError, DataError, IntegrityError, ResourceError, SchemaError
+from medlsdm.models.perceptual import load_features
 from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.training.devices import memory_advice, recomputed_blocks
 from medlsdm.training.loop import fit
@@ -246,6 +247,33 @@ def test_pictures_and_measures_come_with_every_save(tmp_path, preset):
         ("stage 2", "copy rate"),
         ("stage 2", "memorisation rate"),
     } <= measures
+
+
+def with_losses(preset, **losses):
+    stage = preset.stage1.model_copy(update={"losses": preset.stage1.losses.model_copy(update=losses)})
+    return preset.model_copy(update={"stage1": stage})
+
+
+def test_discriminators_tell_how_well_they_do_in_the_log(tmp_path, preset, data):
+    pushed = AdversarialConfig(weight=0.5, start=0.0, warmup=0)
+    TrainingRun(tmp_path, with_losses(short(preset, 2, 1), adversarial=pushed), data, seed=0).train()
+    rows = [row for row in rows_of(tmp_path / "validation.csv") if row[2] == "hinge loss"]
+    assert [row[:2] for row in rows] == [["stage 1", "2"]]
+    assert 0 < float(rows[0][3]) < 8
+
+
+def test_a_feature_network_is_part_of_the_run(tmp_path, preset, data):
+    path = tmp_path / "vgg.safetensors"
+    save_file({"features.0.weight": torch.randn(4, 1, 3, 3), "features.0.bias": torch.zeros(4)}, path)
+    with pytest.raises(ConfigError, match="no perceptual loss"):
+        TrainingRun(tmp_path / "none", short(preset), data, seed=0, features=load_features(path))
+    settings = with_losses(short(preset, 2, 1), perceptual=0.5)
+    TrainingRun(tmp_path / "with", settings, data, seed=0, features=load_features(path), pictures=False).train()
+    with pytest.raises(ConfigError, match="other data"):
+        TrainingRun(tmp_path / "with", settings, data, seed=0, pictures=False)
+    TrainingRun(tmp_path / "without", settings, data, seed=0, pictures=False).train()
+    one, other = (load_file(tmp_path / run / "autoencoder.safetensors") for run in ("with", "without"))
+    assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
 def test_copies_are_told_from_chance():
