@@ -206,7 +206,8 @@ def monai_rows(preset: Preset, repeats: int) -> Iterator[Row]:
             spade_intermediate_channels=label_width,
         )  # fmt: skip
 
-    ours = filled(build_autoencoder(preset, CLASSES))
+    untextured = preset.autoencoder.model_copy(update={"texture_channels": 0})  # these calls do not draw texture
+    ours = filled(build_autoencoder(preset.model_copy(update={"autoencoder": untextured}), CLASSES))
     volumes, labels = torch.rand(2, 1, *CROP) * 2 - 1, labels_of(CROP, 2)
     for name, build in (("VQVAE (no labels)", vqvae), ("SPADEAutoencoderKL", spade_autoencoder)):
         theirs = matched(build, millions(ours), range(8, 129, 4))
