@@ -18,9 +18,13 @@ def space_to_depth(x: Tensor, factor: Triple) -> Tensor:
 
 
 def depth_to_space(x: Tensor, factor: Triple) -> Tensor:
-    """Undo ``space_to_depth``."""
+    """Undo ``space_to_depth``. Channels that lie last in memory stay there, so that convolutions need not move them."""
     b, c, nx, ny, nz = x.shape
     fx, fy, fz = factor
+    if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
+        x = x.permute(0, 2, 3, 4, 1).reshape(b, nx, ny, nz, c // (fx * fy * fz), fx, fy, fz)
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, nx * fx, ny * fy, nz * fz, -1)
+        return x.permute(0, 4, 1, 2, 3)
     x = x.reshape(b, c // (fx * fy * fz), fx, fy, fz, nx, ny, nz)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, -1, nx * fx, ny * fy, nz * fz)
 

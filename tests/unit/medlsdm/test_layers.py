@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from medlsdm.models.layers import ChannelNorm, Convolution, conv
+from medlsdm.models.layers import ChannelNorm, Convolution, conv, depth_to_space, space_to_depth
 
 sizes = st.integers(3, 9)
 
@@ -60,3 +60,14 @@ def test_a_voxel_of_zeros_stays_zero_and_its_gradient_finite():
     assert torch.equal(out, torch.zeros_like(out))
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_folding_and_unfolding_undo_each_other_in_any_layout(layout):
+    volumes = torch.randn(2, 3, 4, 6, 8)
+    folded = space_to_depth(volumes, (2, 1, 4)).contiguous(memory_format=layout)
+    assert folded.shape == (2, 24, 2, 6, 2)
+    assert torch.equal(folded[:, 8], volumes[:, 1, ::2, :, ::4])
+    unfolded = depth_to_space(folded, (2, 1, 4))
+    assert torch.equal(unfolded, volumes)
+    assert unfolded.is_contiguous(memory_format=layout)
