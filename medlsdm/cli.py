@@ -83,7 +83,8 @@ def train(
     estimate: Annotated[bool, typer.Option("--estimate", help="Only say what time, memory and disk it takes.")] = False,
     device: Device = "auto",
     few_steps: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Teach the model to draw in so many calls; half of stage 2 longer.")
+        int | None,
+        typer.Option(min=1, max=8, help="Teach the model to draw in so many calls; with --from, nothing but that."),
     ] = None,
     steps_scale: Annotated[float, typer.Option(help="Multiply the preset's steps.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -111,10 +112,11 @@ def train(
         checkpoint = load_checkpoint(start)
         settings = settings if preset else checkpoint.preset.scaled(steps_scale)
         labels = labels or checkpoint.schema
-    settings = settings.for_few_steps(few_steps) if few_steps else settings
+    if few_steps:
+        settings = settings.for_few_steps(few_steps).only_few_steps() if start else settings.for_few_steps(few_steps)
     pairs = read_sources(sources, labels)
 
-    from medlsdm.training.devices import join_processes, rank_and_size
+    from medlsdm.training.devices import join_processes, memory_advice, rank_and_size
     from medlsdm.training.patients import prepare, typical_spacing
 
     if checkpoint is None and not keep_strides:
@@ -132,13 +134,16 @@ def train(
     if estimate:
         from medlsdm.training.estimate import estimate_training
 
-        _render(estimate_training(data=prepare(pairs, settings), **arguments).to_json(), json)
+        told = estimate_training(data=prepare(pairs, settings), **arguments)
+        if rank_and_size()[0] == 0:
+            _render(told.to_json(), json)
         return
 
     from medlsdm.training.run import TrainingRun
 
     started = time.process_time()
-    with _progress() as report:
+    advice = "Lower batch, crop or window in the preset, take a smaller preset, or use less data."
+    with _progress() as report, memory_advice("training", advice):
         run = TrainingRun(out, data=prepare(pairs, settings), progress=report, pictures=pictures, **arguments)
         card = run.train()
     if rank_and_size()[0] == 0:
@@ -165,6 +170,9 @@ def synthesise(
     guidance: Annotated[float | None, typer.Option(min=0.0, help="1 is none.")] = None,
     modality: Annotated[str | None, typer.Option(help="CT, MR or PT; the checkpoint's first by default.")] = None,
     smooth: Annotated[bool, typer.Option("--smooth", help="Leave out the texture decoder.")] = False,
+    unknown: Annotated[
+        list[int] | None, typer.Option(help="A label value that says nothing: the model fills in. May be repeated.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Most memory to use, for example 4GB; a share of what is free by default.")
     ] = None,
@@ -191,7 +199,7 @@ def synthesise(
 
     allowed = parse_bytes(memory) if memory else None
     loaded = load_checkpoint(checkpoint)
-    synthesiser = Synthesiser(loaded, threads, device, smooth=smooth)
+    synthesiser = Synthesiser(loaded, threads, device, smooth=smooth, unknown=unknown or ())
     seeds = [seed + index for index in range(len(paths))]
     maps = (_told(read_labels(path, loaded.schema), path) for path in paths)
     volumes = synthesiser.synthesise_many(

@@ -184,6 +184,12 @@ class Stage1Config(StageConfig):
     losses: Stage1Losses = Stage1Losses()
 
 
+class Stage2Config(StageConfig):
+    """Say how stage 2 trains: on ``variants`` crops of each patient, encoded once: one central, others random."""
+
+    variants: int = Field(default=3, ge=1)
+
+
 class ReflowConfig(StageConfig):
     """Say how the denoiser learns to take few steps, after stage 2; 0 ``steps`` of training leave it out.
 
@@ -224,7 +230,7 @@ class Preset(Settings):
     denoiser: DenoiserConfig
     stage1: Stage1Config
     texture: StageConfig = StageConfig(steps=0)
-    stage2: StageConfig
+    stage2: Stage2Config
     reflow: ReflowConfig = ReflowConfig()
     sampling: SamplingConfig
 
@@ -248,14 +254,27 @@ class Preset(Settings):
         return {name: value for name, value in values.items() if isinstance(value, StageConfig)}
 
     def for_few_steps(self, steps: int) -> Preset:
-        """Return the preset with a denoiser that learns, for half as long again, to draw in so many steps."""
-        taught = self.stage2.model_dump() | {
+        """Return the preset with a denoiser that learns, for half as long again, to draw in so many steps.
+
+        Raises:
+            ConfigError: The denoiser is no flow, or stage 2 has no steps.
+        """
+        if not self.stage2.steps:
+            raise ConfigError(
+                f"The preset {self.name!r} has no steps in stage 2 to take half of.", "Name a whole preset by --preset."
+            )
+        taught = self.stage2.model_dump(mode="json", exclude={"variants"}) | {
             "steps": -(-self.stage2.steps // 2),
             "learning_rate": self.stage2.learning_rate / 3,
             "guidance": self.sampling.guidance,
         }
         drawn = self.sampling.model_dump() | {"sampler": "euler", "steps": steps, "guidance": 1.0}
-        return Preset.model_validate(self.model_dump() | {"reflow": taught, "sampling": drawn})
+        return parse_preset(self.model_dump(mode="json") | {"reflow": taught, "sampling": drawn})
+
+    def only_few_steps(self) -> Preset:
+        """Return the preset with nothing to train but few steps, for a model that is trained otherwise."""
+        stages = {name: stage for name, stage in self._stages.items() if name != "reflow"}
+        return self.model_copy(update={n: s.model_copy(update={"steps": 0}) for n, s in stages.items()})
 
     def for_spacing(self, spacing: Spacing) -> Preset:
         """Return the preset for voxels of this size (R, A, S, in mm).

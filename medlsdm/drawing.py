@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,16 @@ Conditions = tuple[Tensor, Tensor]
 class LabelSource:
     """Read a label map's class indices in RAS, box by box, mirrored beyond its end. Copies no more than a box.
 
-    ``shape`` is the map's own, ``padded`` the next multiple of the autoencoder's strides.
+    ``shape`` is the map's own, ``padded`` the next multiple of the autoencoder's strides. Values that are
+    ``unknown`` become an index outside the classes, which counts as unlabelled.
     """
 
-    def __init__(self, labels: SemanticMap, strides: Triple) -> None:
+    def __init__(self, labels: SemanticMap, strides: Triple, unknown: Collection[int] = ()) -> None:
         self._ids, self.geometry = to_ras(labels.array, labels.geometry)
         ids = labels.schema.ids
         self._places = np.zeros(ids[-1] + 1, dtype=np.uint8 if len(ids) < 256 else np.int32)
         self._places[list(ids)] = np.arange(len(ids))
+        self._places[list(unknown)] = len(ids)
         self.shape = self.geometry.shape
         self.padded = round_up(self.shape, strides)
 

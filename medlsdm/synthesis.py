@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,18 +99,30 @@ class Synthesiser:
         threads: CPU threads to use; all that torch would take, by default.
         device: ``auto`` (the GPU where torch can use one), ``cpu`` or ``cuda``.
         smooth: Leave out the texture that a trained texture decoder adds.
+        unknown: Label values that say nothing: what lies there is left to the model.
 
     Raises:
         DataError: Stage 2 has not been trained.
+        SchemaError: A value of ``unknown`` is not in the checkpoint's label schema.
         ConfigError: The weights are of another architecture, or there is no such device.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, threads: int | None = None, device: str = "auto", *, smooth: bool = False
+        self,
+        checkpoint: Checkpoint,
+        threads: int | None = None,
+        device: str = "auto",
+        *,
+        smooth: bool = False,
+        unknown: Collection[int] = (),
     ) -> None:
         self.checkpoint = checkpoint
         self.last_plan: Plan | None = None
-        self._threads = threads
+        strange = sorted(set(unknown) - set(checkpoint.schema.ids))
+        if strange:
+            known = ", ".join(map(str, checkpoint.schema.ids))
+            raise SchemaError(f"The model has no label {strange[0]}.", f"Its labels are {known}.")
+        self._threads, self._unknown = threads, unknown
         self._device = choose_device(device)
         self._denoiser = self._ready(checkpoint.build_denoiser(), checkpoint.denoiser)
         self._autoencoder = self._ready(checkpoint.build_autoencoder(), checkpoint.autoencoder)
@@ -199,7 +211,7 @@ class Synthesiser:
     def _draft(self, labels: SemanticMap, seed: int) -> Draft:
         if labels.schema.digest != self.checkpoint.schema.digest:
             raise SchemaError("The label map is under another schema than the checkpoint.", "Use the model's schema.")
-        return Draft(labels, LabelSource(labels, self._strides), seed)
+        return Draft(labels, LabelSource(labels, self._strides, self._unknown), seed)
 
     def _draw(self, drafts: Sequence[Draft], order: Order, plan: Plan) -> Iterator[SyntheticVolume]:
         self.last_plan = plan

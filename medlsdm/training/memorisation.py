@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medlsdm.config import SamplerName
+from medlsdm.config import SamplingConfig
 from medlsdm.diffusion.objectives import Objective
 from medlsdm.diffusion.samplers import sample, seeded_noise
 from medlsdm.errors import DataError
@@ -39,7 +39,7 @@ def memorisation_rate(
     if len(patients) < 2:
         raise DataError("Memorisation cannot be measured on fewer than two held-out patients.", "Hold out more.")
     chosen = np.resize(np.arange(len(held_out)), samples)
-    drawn = draw_latents(denoiser, held_out, chosen, seeds=range(seed, seed + samples), steps=steps)
+    drawn = draw_latents(denoiser, held_out, chosen, SamplingConfig(steps=steps), seeds=range(seed, seed + samples))
     rates = []
     for latents, row in zip(drawn, chosen, strict=True):
         others = _distances(latents, held_out)
@@ -61,10 +61,9 @@ def draw_latents(
     denoiser: SemanticUNet,
     latents: LatentSet,
     chosen: NDArray[np.int64],
+    sampling: SamplingConfig,
     *,
     seeds: range,
-    steps: int,
-    method: SamplerName = "heun",
     batch: int = 8,
 ) -> NDArray[np.float32]:
     """Draw standardised latents [N, C, x, y, z] under the label maps and conditions of the chosen rows."""
@@ -73,10 +72,15 @@ def draw_latents(
     parts = []
     for start in range(0, len(chosen), batch):
         rows, own = chosen[start : start + batch], seeds[start : start + batch]
-        network = network_of(denoiser, LatentBatch.of(latents, rows, device))
+        network = network_of(
+            denoiser, LatentBatch.of(latents, rows, device), sampling.guidance, sampling.guidance_interval
+        )
         noise = seeded_noise(own, latents.latents.shape[1:]).to(device)
         objective = Objective(denoiser.config.objective)
-        drawn = sample(network, noise, steps=steps, method=method, objective=objective, seeds=own)
+        drawn = sample(
+            network, noise, steps=sampling.steps, method=sampling.sampler, objective=objective, seeds=own,
+            shift=sampling.shift,
+        )  # fmt: skip
         parts.append(drawn.cpu().numpy())
     denoiser.train(training)
     return np.concatenate(parts)

@@ -36,6 +36,9 @@ __all__ = [
     "typical_spacing",
 ]
 
+SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])", re.IGNORECASE)
+"""In the name of a class that lies on one side."""
+
 SMALLEST_AXIS = 4
 
 
@@ -67,6 +70,14 @@ class Patient:
     subject: str
     intensity: Intensity
 
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the pair: of who it is, its voxels and how large they are."""
+        about = hashlib.sha256(repr((self.subject, self.modality.value, self.spacing, self.image.shape)).encode())
+        about.update(np.ascontiguousarray(self.image).data)
+        about.update(np.ascontiguousarray(self.labels).data)
+        return about.hexdigest()
+
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Batch:
@@ -87,7 +98,8 @@ class Batch:
 class TrainingSet:
     """Hold a site's patients, ready to train on.
 
-    ``window`` is the crop that every batch has; ``augment`` says how much random crops are varied.
+    ``window`` is the crop that every batch has; ``augment`` says how much random crops are varied, ``mirrored``
+    whether half of them are flipped left to right.
     """
 
     patients: tuple[Patient, ...]
@@ -95,6 +107,7 @@ class TrainingSet:
     window: Triple
     strides: Triple
     augment: Strength = "none"
+    mirrored: bool = True
 
     def __len__(self) -> int:
         return len(self.patients)
@@ -124,7 +137,7 @@ class TrainingSet:
         image, labels = patient.image[cut], patient.labels[cut]
         extents = [part / whole for part, whole in zip(image.shape, patient.image.shape, strict=True)]
         begins = [start / whole for start, whole in zip(starts, patient.image.shape, strict=True)]
-        if rng is not None and rng.random() < 0.5:
+        if rng is not None and rng.random() < 0.5 and self.mirrored:
             image, labels = image[::-1], labels[::-1]
             begins[0] = 1 - begins[0] - extents[0]
         if rng is not None and self.augment != "none":
@@ -135,7 +148,7 @@ class TrainingSet:
 
 
 def prepare(pairs: Iterable[tuple[Scan, SemanticMap]], preset: Preset) -> TrainingSet:
-    """Turn pairs into a training set.
+    """Turn pairs into a training set. Crops are not flipped where a class is named after its side.
 
     Raises:
         DataError: There is no pair, or a scan is constant or too thin.
@@ -154,7 +167,8 @@ def prepare(pairs: Iterable[tuple[Scan, SemanticMap]], preset: Preset) -> Traini
     strides = preset.autoencoder.strides
     largest = round_up(np.max([p.image.shape for p in patients], axis=0).tolist(), strides)
     x, y, z = (min(a, b) for a, b in zip(largest, preset.window, strict=True))
-    return TrainingSet(tuple(patients), schema, (x, y, z), strides)
+    sided = any(SIDE.search(cls.name) for cls in schema.classes)
+    return TrainingSet(tuple(patients), schema, (x, y, z), strides, mirrored=not sided)
 
 
 def typical_spacing(geometries: Iterable[Geometry]) -> Spacing:

@@ -36,7 +36,7 @@ from medlsdm.training.reflow import Trajectories, draw_trajectories, reflow
 from medlsdm.training.stage1 import train_stage1
 from medlsdm.training.stage2 import LatentSet, encode_latents, held_out_loss, train_stage2
 from medlsdm.training.state import Stateful, read_state, write_state
-from medlsdm.training.texture import LatentSamples, draw_samples, train_texture
+from medlsdm.training.texture import LatentSamples, draw_samples, texture_fits, train_texture
 from medlsdm.training.watch import Watch
 
 RESUME = "resume.safetensors"
@@ -123,7 +123,7 @@ class TrainingRun:
         if self._teacher is not None:
             self.phases.append(Phase(REFLOW, preset.reflow, self.denoiser, self._train_reflow))
         self._critic = None
-        if preset.texture.steps and self.autoencoder.texture is not None:
+        if preset.texture.steps and self.autoencoder.texture is not None and texture_fits(self.data, preset.texture):
             self._critic = critic
             self.phases.append(Phase(TEXTURE, preset.texture, self.autoencoder.texture, self._train_texture))
         self._optimisers = {phase.name: make_optimiser(phase.module, phase.stage) for phase in self.phases}
@@ -141,7 +141,9 @@ class TrainingRun:
         }
         self.parts |= {name: part for name, part in optional.items() if part is not None}
         self.position = {phase.name: 0 for phase in self.phases}
-        self._watch = Watch(folder, self.data, self.held_out, seed, self.device) if pictures or hold_out else None
+        self._watch = None
+        if pictures or hold_out:
+            self._watch = Watch(folder, self.data, self.held_out, seed, self.device, pictures=pictures)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / RESUME).is_file():
             self._resume()
@@ -179,8 +181,13 @@ class TrainingRun:
         return train_texture(
             self.autoencoder, self._augmented(self.preset.texture), self.preset.texture, steps=steps,
             first_step=first_step, total_steps=self.preset.texture.steps, seed=self.seed + 2, progress=self._note,
-            optimiser=self._optimisers[TEXTURE], samples=self.samples, critic=self._critic,
+            optimiser=self._optimisers[TEXTURE], samples=self.samples if self.draws else None, critic=self._critic,
         )  # fmt: skip
+
+    @property
+    def draws(self) -> bool:
+        """Tell whether there is a denoiser that was taught: here, or by the run that this one fine-tunes."""
+        return self.position[STAGE2] > 0 or (self.start is not None and self.start.denoiser is not None)
 
     @cached_property
     def samples(self) -> LatentSamples:
@@ -225,7 +232,12 @@ class TrainingRun:
     def latents(self) -> LatentSet:
         """Encode the patients once, when stage 1 is done."""
         with memory_advice("encoding the scans", "Choose a smaller window in the preset, or use less data."):
-            return encode_latents(self.autoencoder, self._augmented(self.preset.stage2), seed=self.seed)
+            return encode_latents(
+                self.autoencoder,
+                self._augmented(self.preset.stage2),
+                variants=self.preset.stage2.variants,
+                seed=self.seed,
+            )
 
     @cached_property
     def _held_out_latents(self) -> LatentSet | None:
@@ -248,7 +260,7 @@ class TrainingRun:
     @property
     def _identity(self) -> str:
         """Return a digest of what must be equal for a run to go on."""
-        sets = [[p.subject for p in part.patients] if part else [] for part in (self.data, self.held_out)]
+        sets = [[p.digest for p in part.patients] if part else [] for part in (self.data, self.held_out)]
         start = self.start.card.digest if self.start else None
         about = [self.preset.digest, self.data.schema.digest, self.seed, sets, start, rank_and_size()[1]]
         text = json.dumps(about + ([self.features.digest] if self.features else []))
@@ -277,8 +289,7 @@ class TrainingRun:
                     rate = memorisation_rate(self.denoiser, self.latents, self._held_out_latents, seed=self.seed)
                     self.log.measure(stage, step, {"memorisation rate": rate})
         if self._watch is not None:
-            samples = self.position[STAGE2] > 0
-            self._watch.look(stage, step, self.autoencoder, self.log, samples=samples)
+            self._watch.look(stage, step, self.autoencoder, self.log, samples=self.draws)
 
     def _resume(self) -> None:
         notes, states = read_state(self.folder / RESUME)
@@ -292,7 +303,6 @@ class TrainingRun:
             part.load_state_dict(states[name])
 
     def _checkpoint(self) -> ModelCard:
-        begun = self.position[STAGE2] > 0
         held = f", {len(self.held_out)} more held out" if self.held_out else ""
         return save_checkpoint(
             self.folder,
@@ -301,7 +311,7 @@ class TrainingRun:
             schema=self.data.schema,
             modalities=sorted({p.modality for p in self.data.patients}),
             autoencoder=self.autoencoder.state_dict(),
-            denoiser=(self._average.weights() if self._average else self.denoiser.state_dict()) if begun else None,
+            denoiser=(self._average.weights() if self._average else self.denoiser.state_dict()) if self.draws else None,
             steps=dict(self.position),
             training_data=f"{len(self.data)} pairs of scan and label map on one machine{held}.",
         )

@@ -171,7 +171,9 @@ def train_stage2(
     )  # fmt: skip
 
 
-def network_of(denoiser: SemanticUNet, batch: LatentBatch, guidance: float = 1.0) -> Network:
+def network_of(
+    denoiser: SemanticUNet, batch: LatentBatch, guidance: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
+) -> Network:
     """Return the denoiser as a function of noisy latents and time, under a batch's labels and conditions."""
     conditions = batch.spacing, batch.modality, batch.position
     x, y, z = batch.labels.shape[1:]
@@ -186,7 +188,7 @@ def network_of(denoiser: SemanticUNet, batch: LatentBatch, guidance: float = 1.0
 
         return network
 
-    return guided(half(labelled), half(null), guidance)
+    return guided(half(labelled), half(null), guidance, interval)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from medlsdm.models.spade import one_hot
 from medlsdm.models.texture import TextureDecoder, grain_strength
 from medlsdm.models.unet import SemanticUNet
 from medlsdm.models.vqgan import VQGAN
+from medlsdm.training.devices import share_buffers
 from medlsdm.training.energy import texture_score
 from medlsdm.training.likeness import PatchCritic
 from medlsdm.training.loop import Report, autocast, device_of, fit
@@ -32,6 +33,9 @@ MATCHED_SHARE = 0.5
 
 CRITIC_CROPS = 640
 SAMPLES = 160
+SMALLEST_CROP = 8
+"""Voxels that a crop needs along each axis: filters of five, begun at places of chance, must fit."""
+
 FEWEST_STEPS = 500
 """Texture that was taught for less is stripes rather than grain."""
 SEED = 20_251
@@ -93,6 +97,7 @@ def train_texture(
     return fit(
         texture, step_loss, stage, "texture", steps=steps, first_step=first_step,
         total_steps=total_steps, seed=seed, progress=progress, optimiser=optimiser,
+        after_step=(lambda: share_buffers(critic)) if critic is not None else None,
     )  # fmt: skip
 
 
@@ -141,6 +146,11 @@ def _draw_synthetic(
     return drawn + (drawn.clamp(-1, 1) - drawn).detach()
 
 
+def texture_fits(data: TrainingSet, stage: StageConfig) -> bool:
+    """Tell whether crops are large enough to see texture in; where they are thinner, volumes stay smooth."""
+    return min(min(pair) for pair in zip(data.window, stage.crop or data.window, strict=True)) >= SMALLEST_CROP
+
+
 @torch.no_grad()
 def measure_grain(model: VQGAN, data: TrainingSet, stage: StageConfig) -> None:
     """Write mean and mean square of the grain's strength over patients into the texture decoder's buffers."""
@@ -171,7 +181,7 @@ def draw_samples(
     count = len(np.unique(latents.patient))
     chosen = np.linspace(0, count - 1, min(count, SAMPLES)).round().astype(int)
     seeds = range(seed, seed + len(chosen))
-    drawn = draw_latents(denoiser, latents, chosen, seeds=seeds, steps=sampling.steps, method=sampling.sampler)
+    drawn = draw_latents(denoiser, latents, chosen, sampling, seeds=seeds)
     real = latents.mask[chosen, 0] > 0
     inside = [real.any(axis=tuple({1, 2, 3} - {axis})).sum(1) for axis in (1, 2, 3)]
     strides = np.array(model.config.strides)
@@ -198,7 +208,7 @@ def train_first_stage(
     """
     whole = preset.stage1.steps + preset.texture.steps
     texture_steps = round(total_steps * preset.texture.steps / whole) if whole and model.texture is not None else 0
-    if texture_steps < min(FEWEST_STEPS, preset.texture.steps):
+    if texture_steps < min(FEWEST_STEPS, preset.texture.steps) or not texture_fits(data, preset.texture):
         texture_steps = 0
     border = total_steps - texture_steps
     loss = float("nan")

@@ -108,7 +108,7 @@ def likeness(trained: NDArray[np.float32], held_out: NDArray[np.float32]) -> Lik
 
 
 class Watch:
-    """Look at a run whenever it saves; what it finds goes to the run's log and to ``pictures/``.
+    """Look at a run whenever it saves; what it finds goes to the run's log, and pictures to ``pictures/``.
 
     Args:
         folder: The run's folder, with its checkpoint.
@@ -116,12 +116,15 @@ class Watch:
         held_out: Those that are not; without them there are pictures only.
         seed: Of the samples: the same at every save, so that pictures can be compared.
         device: Where to draw.
+        pictures: Whether to save any: they show real patients.
     """
 
     def __init__(
-        self, folder: Path, data: TrainingSet, held_out: TrainingSet | None, seed: int, device: torch.device
-    ) -> None:
+        self, folder: Path, data: TrainingSet, held_out: TrainingSet | None, seed: int, device: torch.device,
+        *, pictures: bool = True,
+    ) -> None:  # fmt: skip
         self.folder, self.data, self.held_out, self.seed, self._device = folder, data, held_out, seed, device
+        self._pictures = pictures
 
     def look(self, stage: str, step: int, model: VQGAN, output: TrainingLog, *, samples: bool) -> None:
         """Draw cases and, with patients held out, measure; ``samples`` says that stage 2 has begun.
@@ -129,9 +132,10 @@ class Watch:
         Warns in the log, once a save, when samples look copied from patients that were trained on.
         """
         synthesiser = Synthesiser(load_checkpoint(self.folder), device=self._device.type) if samples else None
-        png, picture = montage(self.cases(model, synthesiser), model.n_classes)
-        write_atomic(self.folder / PICTURES / f"{stage.replace(' ', '')}-{step:06d}.png", png)
-        output.picture(stage, step, "cases", picture)
+        if self._pictures:
+            png, picture = montage(self.cases(model, synthesiser), model.n_classes)
+            write_atomic(self.folder / PICTURES / f"{stage.replace(' ', '')}-{step:06d}.png", png, mode=0o600)
+            output.picture(stage, step, "cases", picture)
         if self.held_out is None:
             return
         if synthesiser is None:

@@ -27,7 +27,7 @@ from medlsdm.training.patients import TrainingSet, prepare
 from medlsdm.training.run import RESUME, TrainingRun
 from medlsdm.training.stage1 import on_device
 from medlsdm.training.watch import likeness
-from medlsdm.types import Modality
+from medlsdm.types import Modality, SemanticMap
 
 WEIGHTS = ("autoencoder.safetensors", "denoiser.safetensors")
 
@@ -54,7 +54,7 @@ from medlsdm.anatomy import generate
 from medlsdm.config import parse_preset
 from medlsdm.training.patients import prepare
 from medlsdm.training.run import TrainingRun
-from medlsdm.types import Modality
+from medlsdm.types import Modality, SemanticMap
 import json
 torch.set_num_threads(1)
 folder, preset, stop = Path(sys.argv[1]), parse_preset(json.loads(Path(sys.argv[2]).read_text())), sys.argv[3]
@@ -274,6 +274,64 @@ def test_a_feature_network_is_part_of_the_run(tmp_path, preset, data):
     TrainingRun(tmp_path / "without", settings, data, seed=0, pictures=False).train()
     one, other = (load_file(tmp_path / run / "autoencoder.safetensors") for run in ("with", "without"))
     assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_without_pictures_none_are_saved_though_patients_are_held_out(tmp_path, preset):
+    patients = prepare([generate(seed, Modality.MR, (18, 22, 17)) for seed in range(5)], preset)
+    TrainingRun(tmp_path, short(preset, 1, 1), patients, seed=0, hold_out=0.4, pictures=False).train()
+    assert not (tmp_path / "pictures").exists()
+    assert any(row[2] == "held-out loss" for row in rows_of(tmp_path / "validation.csv"))
+
+
+def test_pictures_of_patients_are_for_their_owner_alone(tmp_path, preset, data):
+    TrainingRun(tmp_path, short(preset, 1, 0), data, seed=0).train()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "pictures").iterdir()} == {0o600}
+
+
+def test_fine_tuning_without_stage_2_keeps_the_denoiser(tmp_path, preset, data):
+    TrainingRun(tmp_path / "first", short(preset, 1, 2), data, seed=0, pictures=False).train()
+    start = load_checkpoint(tmp_path / "first")
+    TrainingRun(tmp_path / "tuned", short(preset, 1, 0), data, seed=0, start=start, pictures=False).train()
+    tuned = load_checkpoint(tmp_path / "tuned").denoiser
+    assert tuned is not None
+    assert all(torch.equal(tuned[name], value) for name, value in start.denoiser.items())
+
+
+def test_few_steps_can_be_taught_to_a_finished_model(tmp_path, preset, data):
+    TrainingRun(tmp_path / "first", short(preset, 1, 4), data, seed=0, pictures=False).train()
+    start = load_checkpoint(tmp_path / "first")
+    settings = start.preset.for_few_steps(2).only_few_steps()
+    card = TrainingRun(tmp_path / "few", settings, data, seed=0, start=start, pictures=False).train()
+    assert card.steps["reflow"] == 2
+    few = load_checkpoint(tmp_path / "few")
+    assert any(not torch.equal(few.denoiser[name], value) for name, value in start.denoiser.items())
+    assert all(torch.equal(few.autoencoder[name], value) for name, value in start.autoencoder.items())
+    with pytest.raises(ConfigError, match="half of"):
+        settings.for_few_steps(2)
+
+
+def test_a_run_does_not_go_on_with_other_voxels_under_equal_names(tmp_path, preset, data):
+    TrainingRun(tmp_path, short(preset, 1, 1), data, seed=0, pictures=False).train()
+    first, *others = data.patients
+    changed = replace(data, patients=(replace(first, image=first.image + np.float32(1e-3)), *others))
+    with pytest.raises(ConfigError, match="other data"):
+        TrainingRun(tmp_path, short(preset, 1, 1), changed, seed=0, pictures=False)
+
+
+def test_thin_volumes_train_to_the_end_without_texture(tmp_path, preset):
+    thin = prepare([generate(seed, Modality.MR, (20, 20, 5)) for seed in range(2)], preset)
+    settings = short(preset, 2, 2).model_copy(update={"texture": preset.texture.model_copy(update={"steps": 2})})
+    card = TrainingRun(tmp_path, settings, thin, seed=0, pictures=False).train()
+    assert "texture" not in card.steps
+    assert not load_checkpoint(tmp_path).build_autoencoder().draws_texture
+
+
+def test_crops_are_not_flipped_where_a_class_is_named_after_its_side(data, preset):
+    scan, labels = generate(0, Modality.MR, (18, 22, 17))
+    classes = [replace(c, name="left kidney") if n == 1 else c for n, c in enumerate(labels.schema.classes)]
+    sided = SemanticMap(labels.array, labels.geometry, replace(labels.schema, classes=tuple(classes)))
+    assert data.mirrored
+    assert not prepare([(scan, sided)], preset).mirrored
 
 
 def test_copies_are_told_from_chance():

@@ -17,7 +17,7 @@ from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.synthesis import Synthesiser, restore, to_bytes
 from medlsdm.training.patients import mirror_to
 from medlsdm.types import Geometry, Modality, SemanticMap, SyntheticVolume
-from medlsdm.volumes import from_ras
+from medlsdm.volumes import from_ras, to_ras
 
 CT_RANGE = 1650 + 1024
 
@@ -264,6 +264,19 @@ def test_texture_differs_by_seed_and_can_be_left_out(exact):
     smooth = Synthesiser(exact.checkpoint, 1, smooth=True).synthesise(labels, seed=1)
     assert np.abs(rough.array - smooth.array).max() > 1
     assert np.array_equal(rough.array, exact.synthesise(labels, seed=1).array)
+
+
+def test_what_is_unknown_is_left_to_the_model(exact):
+    _, labels = generate(1, Modality.CT, (16, 16, 12))
+    value = int(np.bincount(labels.array.ravel()).argmax())
+    partly = Synthesiser(exact.checkpoint, 1, unknown=[value])
+    source = partly._draft(labels, 1).source
+    whole = tuple(slice(0, n) for n in source.shape)
+    unlabelled = source.read(whole) == len(labels.schema.classes)
+    assert np.array_equal(unlabelled, to_ras(labels.array, labels.geometry)[0] == value)
+    assert not np.array_equal(partly.synthesise(labels, seed=1).array, exact.synthesise(labels, seed=1).array)
+    with pytest.raises(SchemaError, match="no label 999"):
+        Synthesiser(exact.checkpoint, 1, unknown=[999])
 
 
 def test_a_budget_chooses_the_windows_and_a_tiny_one_is_refused(exact, monkeypatch):
