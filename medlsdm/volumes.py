@@ -1,4 +1,4 @@
-"""Volumes on disk and on other grids: NIfTI in and out, resampling, padding, cropping. No torch."""
+"""Volumes on disk and on other grids: NIfTI in and out, orientation, resampling. No torch."""
 
 from __future__ import annotations
 
@@ -85,12 +85,6 @@ def from_ras(array: NDArray[Any], geometry: Geometry) -> NDArray[Any]:
     to = nib.orientations.io_orientation(geometry.affine)
     canonical = np.array([[0, 1], [1, 1], [2, 1]])
     return nib.orientations.apply_orientation(array, nib.orientations.ornt_transform(canonical, to))
-
-
-def pad_to(array: NDArray[Any], shape: tuple[int, int, int], *, value: float) -> NDArray[Any]:
-    """Pad at the end of each axis with ``value`` up to ``shape``; never crops."""
-    widths = [(0, max(0, target - n)) for n, target in zip(array.shape, shape, strict=True)]
-    return np.pad(array, widths, constant_values=value) if any(w for _, w in widths) else array
 
 
 def resample(array: NDArray[Any], geometry: Geometry, target: Geometry, *, order: int, fill: float) -> NDArray[Any]:
