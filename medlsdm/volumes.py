@@ -75,7 +75,7 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], Geometry]:
             shape = shape[:-1]
         if len(shape) != 3:
             raise GeometryError(f"{path.name} has {len(shape)} axes; three are needed.", "Give one 3D volume a file.")
-        if image.get_data_dtype().kind not in "iuf":
+        if np.dtype(image.get_data_dtype()).kind not in "iuf":
             raise DataError(f"{path.name} holds colours or complex numbers.", "Give one plain number a voxel.")
         _check_spacing(path)
         scaled = image.dataobj.slope not in (1.0, None) or image.dataobj.inter not in (0.0, None)  # type: ignore[union-attr]
@@ -99,9 +99,9 @@ def _silent() -> Iterator[None]:
 
 def _check_spacing(path: Path) -> None:
     """Refuse a voxel size that is needed and not above 0: nibabel would put 1 mm, or the value without its sign."""
-    with ImageOpener(path) as stream:
+    with ImageOpener(str(path)) as stream:
         header = nib.Nifti1Header.from_fileobj(stream, check=False)
-    if header["sform_code"] == 0 and not (header["pixdim"][1:4] > 0).all():
+    if header["sform_code"] == 0 and not (np.asarray(header["pixdim"], dtype=np.float64)[1:4] > 0).all():
         raise GeometryError(
             f"{path.name}: The voxel size in its header is zero or negative, and no sform stands in for it.",
             "Convert it again from its source.",
