@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from medlsdm.errors import DataError, IntegrityError, ResourceError
+from medlsdm.errors import DataError, ResourceError
 
 
 def existing_folder(path: Path, what: str) -> Path:
@@ -23,15 +23,6 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def check_digest(path: Path, expected: str) -> None:
-    """Raise IntegrityError unless the file's SHA-256 is ``expected``."""
-    if file_digest(path) != expected:
-        raise IntegrityError(
-            f"{path.name} does not match its digest: it was changed or damaged after it was written.",
-            "Restore it from a good copy.",
-        )
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:

@@ -22,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Kind = Annotated[str, typer.Option(help="CT, MR or PT.")]
 
 
@@ -87,7 +88,7 @@ def train(
         typer.Option(min=1, max=8, help="Teach the model to draw in so many calls; with --from, nothing but that."),
     ] = None,
     steps_scale: Annotated[float, typer.Option(help="Multiply the preset's steps.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -107,9 +108,9 @@ def train(
     labels = load_schema(schema) if schema else None
     checkpoint = None
     if start is not None:
-        from medlsdm.checkpoints import load_checkpoint
+        from medlsdm.exports.folders import from_pretrained
 
-        checkpoint = load_checkpoint(start)
+        checkpoint = from_pretrained(start)
         settings = settings if preset else checkpoint.preset.scaled(steps_scale)
         labels = labels or checkpoint.schema
     if few_steps:
@@ -162,10 +163,10 @@ def train(
 
 @app.command()
 def synthesise(
-    checkpoint: Annotated[Path, typer.Option(help="Folder of a trained run.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a trained run, or an exported one.")],
     labels: Annotated[Path, typer.Option(help="A label map, or a folder of them (.nii.gz).")],
     out: Annotated[Path, typer.Option(help="Folder for the volumes.")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="1 is none.")] = None,
     modality: Annotated[str | None, typer.Option(help="CT, MR or PT; the checkpoint's first by default.")] = None,
@@ -182,7 +183,7 @@ def synthesise(
     json: Json = False,
 ) -> None:
     """Make one volume for each label map, on its grid and under its file name."""
-    from medlsdm.errors import BusyError
+    from medlsdm.errors import BusyError, UsageError
 
     kind = _modality(modality) if modality else None
     paths = _label_files(labels)
@@ -191,14 +192,16 @@ def synthesise(
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise BusyError(f"The folder {str(out)!r} is not empty.", "Give another one, or --overwrite.")
 
-    from medlsdm.checkpoints import load_checkpoint
+    from medlsdm.exports.folders import from_pretrained
     from medlsdm.memory import parse_bytes
-    from medlsdm.synthesis import Synthesiser
+    from medlsdm.synthesis import LARGEST_SEED, Synthesiser
     from medlsdm.training.folders import read_labels
     from medlsdm.volumes import nifti_stem, write_nifti
 
+    if seed + len(paths) - 1 > LARGEST_SEED:
+        raise UsageError(f"{len(paths)} seeds from {seed} on end beyond {LARGEST_SEED}.", "Give a smaller --seed.")
     allowed = parse_bytes(memory) if memory else None
-    loaded = load_checkpoint(checkpoint)
+    loaded = from_pretrained(checkpoint)
     synthesiser = Synthesiser(loaded, threads, device, smooth=smooth, unknown=unknown or ())
     seeds = [seed + index for index in range(len(paths))]
     maps = (_told(read_labels(path, loaded.schema), path) for path in paths)
@@ -235,7 +238,7 @@ def evaluate(
     real_labels: Annotated[Path | None, typer.Option(help="Folder of the real volumes' label maps.")] = None,
     segmenter_steps: Annotated[int, typer.Option(min=1, help="How long to train the segmenter.")] = 1500,
     modality: Kind = "MR",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,13 +15,20 @@ from medlsdm.errors import ConfigError, SchemaError
 from medlsdm.types import LabelSchema
 
 Triple = tuple[int, int, int]
+Positive = Annotated[int, Field(ge=1)]
+Size = tuple[Positive, Positive, Positive]
 Spacing = tuple[float, float, float]
+
+HEAD_WIDTH = 32
+"""Channels of one head of attention; ``medlsdm.models.attention`` has the same figure."""
+
+LARGEST_SCALE = 1e6
 
 
 class Settings(BaseModel):
-    """Forbid unknown keys and changes after the fact."""
+    """Forbid unknown keys, numbers that are not finite, and changes after the fact."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AutoencoderConfig(Settings):
@@ -36,7 +43,7 @@ class AutoencoderConfig(Settings):
     """
 
     strides: Triple = (4, 4, 4)
-    channels: tuple[int, ...] = (32, 64)
+    channels: tuple[Positive, ...] = Field(default=(32, 64), min_length=1)
     encoder_blocks: tuple[int, ...] = (1, 1)
     decoder_blocks: tuple[int, ...] = (1, 1)
     quantiser: Literal["fsq", "ema", "none"] = "fsq"
@@ -107,7 +114,7 @@ class DenoiserConfig(Settings):
     modality is. ``ema`` is the longest memory of the averaged weights; 0 keeps none.
     """
 
-    channels: tuple[int, ...] = (32, 64)
+    channels: tuple[Positive, ...] = Field(default=(32, 64), min_length=1)
     blocks: int = Field(default=1, ge=1)
     label_width: int = Field(default=16, ge=1)
     embedding_width: int = Field(default=64, ge=8)
@@ -118,6 +125,14 @@ class DenoiserConfig(Settings):
     modality_dropout: float = Field(default=0.0, ge=0, le=1)
     ema: float = Field(default=0.0, ge=0, lt=1)
     objective: ObjectiveConfig = ObjectiveConfig()
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        for width in self.channels[max(0, len(self.channels) - self.attention) :]:
+            heads = max(1, width // HEAD_WIDTH)
+            if width % heads:
+                raise ValueError(f"attention over {width} channels: they do not divide into {heads} heads")
+        return self
 
 
 class StageConfig(Settings):
@@ -130,7 +145,7 @@ class StageConfig(Settings):
 
     steps: int = Field(ge=0)
     batch: int = Field(default=4, ge=1)
-    crop: Triple | None = None
+    crop: Size | None = None
     optimiser: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup: int = Field(default=20, ge=0)
@@ -144,9 +159,10 @@ class StageConfig(Settings):
 
 
 class AdversarialConfig(Settings):
-    """Say how discriminators push stage 1 towards real texture; ``weight`` 0 switches them off.
+    """Say how discriminators push stage 1 towards real texture.
 
-    They begin to learn after ``start`` of all steps, and the autoencoder feels them ``warmup`` steps later.
+    ``weight`` 0 takes their push away; with ``feature_matching`` 0 as well there are none.
+    Discriminators begin to learn after ``start`` of all steps, and the autoencoder feels them ``warmup`` steps later.
     The push is ``weight`` times the ratio of the gradients' lengths at the decoder's last layer, at most
     ``limit``. ``slices`` is how many slices across each axis the 2D discriminators see in a step.
     """
@@ -225,7 +241,7 @@ class Preset(Settings):
     """
 
     name: str
-    window: Triple
+    window: Size
     autoencoder: AutoencoderConfig
     denoiser: DenoiserConfig
     stage1: Stage1Config
@@ -306,8 +322,9 @@ class Preset(Settings):
 
     def scaled(self, factor: float) -> Preset:
         """Return the preset with the steps of every stage multiplied by ``factor`` (at least one step)."""
-        if not factor > 0:
-            raise ConfigError(f"A step scale of {factor:g} makes no sense.", "Give a number above 0.")
+        if not 0 < factor <= LARGEST_SCALE:
+            hint = f"Give a number above 0, and at most {LARGEST_SCALE:g}."
+            raise ConfigError(f"A step scale of {factor:g} makes no sense.", hint)
         stages = {
             name: stage.model_copy(update={"steps": max(1, round(stage.steps * factor))})
             for name, stage in self._stages.items()

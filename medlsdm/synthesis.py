@@ -27,7 +27,7 @@ from medlsdm.drawing import (
     read_labels,
     tile_decoder,
 )
-from medlsdm.errors import DataError, SchemaError
+from medlsdm.errors import DataError, MedlsdmError, SchemaError, UsageError
 from medlsdm.memory import (
     DEFAULT_SHARE,
     Grid,
@@ -60,6 +60,8 @@ STATES = 6
 OVERLAP_REACH = 8
 """How far windows read into their neighbours, in latent voxels, where the denoiser has no finite receptive field."""
 
+LARGEST_SEED = 2**63 - 1
+LARGEST_GUIDANCE = 100.0
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -164,7 +166,8 @@ class Synthesiser:
 
         Raises:
             SchemaError: The map is under another schema.
-            DataError: The checkpoint does not know the modality.
+            DataError: The checkpoint does not know the modality, or what it draws is not finite.
+            UsageError: The seed or the guidance is out of range.
             ResourceError: The volume does not fit the memory, however small the windows.
         """
         drawn = self.synthesise_many(
@@ -185,20 +188,31 @@ class Synthesiser:
         """Draw one volume for each map, in order; neighbours of equal size are drawn together.
 
         A volume does not depend on what it is drawn with. Maps and seeds are read as they are needed,
-        and volumes are not kept. Arguments and errors as in ``synthesise``.
+        and volumes are not kept. A map that cannot be read or used ends it, after those before it are drawn.
+        Arguments and errors as in ``synthesise``.
         """
         sampling, kind = self._sampling, modality or self.checkpoint.modalities[0]
         if kind not in self.checkpoint.modalities:
             known = ", ".join(self.checkpoint.modalities)
             raise DataError(f"The checkpoint was not trained on {kind}.", f"It knows {known}.")
-        order = Order(steps or sampling.steps, sampling.guidance if guidance is None else guidance, kind, memory)
+        strength = sampling.guidance if guidance is None else guidance
+        if not 0 <= strength <= LARGEST_GUIDANCE:
+            hint = f"Give a number from 0 to {LARGEST_GUIDANCE:g}; 1 is none."
+            raise UsageError(f"A guidance of {strength:g} makes no sense.", hint)
+        order = Order(steps or sampling.steps, strength, kind, memory)
         return self._batches(zip(maps, seeds, strict=True), order)
 
     def _batches(self, wanted: Iterable[tuple[SemanticMap, int]], order: Order) -> Iterator[SyntheticVolume]:
         waiting: list[Draft] = []
-        plan = Plan()
-        for labels, seed in wanted:
-            draft = self._draft(labels, seed)
+        plan, failure = Plan(), None
+        drafts = (self._draft(labels, seed) for labels, seed in wanted)
+        while True:
+            try:
+                draft = next(drafts, None)
+            except MedlsdmError as error:
+                draft, failure = None, error
+            if draft is None:
+                break
             if waiting and (len(waiting) == plan.batch or not draft.fits(waiting[0])):
                 yield from self._draw(waiting, order, plan)
                 waiting = []
@@ -207,8 +221,12 @@ class Synthesiser:
             waiting.append(draft)
         if waiting:
             yield from self._draw(waiting, order, plan)
+        if failure is not None:
+            raise failure
 
     def _draft(self, labels: SemanticMap, seed: int) -> Draft:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise UsageError(f"The seed {seed} is out of range.", f"Give one from 0 to {LARGEST_SEED}.")
         if labels.schema.digest != self.checkpoint.schema.digest:
             raise SchemaError("The label map is under another schema than the checkpoint.", "Use the model's schema.")
         return Draft(labels, LabelSource(labels, self._strides, self._unknown), seed)
@@ -217,8 +235,11 @@ class Synthesiser:
         self.last_plan = plan
         arrays: list[NDArray[np.float32]] = []
         views: list[NDArray[np.float32]] = []
+        broken: set[int] = set()
 
         def write(index: int, box: Slices, values: NDArray[np.float32]) -> None:
+            if not np.isfinite(values).all():  # before values are clipped, which would hide it
+                broken.add(index)
             views[index][box] = denormalise(values, order.modality)
 
         with (
@@ -235,7 +256,12 @@ class Synthesiser:
             decode_tiles(self._decoder, latents, sources, seeds, self._strides, plan.decoding_parts, write)
             del latents
         card = self.checkpoint.card
-        for draft, array in zip(drafts, arrays, strict=True):
+        for index, (draft, array) in enumerate(zip(drafts, arrays, strict=True)):
+            if index in broken:
+                raise DataError(
+                    f"What the model drew from seed {draft.seed} is not finite.",
+                    "Try another seed or less guidance; if that does not help, train the model longer, or anew.",
+                )
             origin = Provenance(card.checkpoint_digest, card.digest, draft.labels.digest, draft.seed)
             yield SyntheticVolume(array, draft.labels.geometry, order.modality, origin, seal=SYNTHESIS_SEAL)
 

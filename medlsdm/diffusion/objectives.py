@@ -14,9 +14,6 @@ from medlsdm.config import ObjectiveConfig
 Network = Callable[[Tensor, Tensor], Tensor]
 """Maps noisy latents [B, C, X, Y, Z] and times [B] to what the objective asks for."""
 
-Velocity = Network
-"""A network trained on the objective ``flow``."""
-
 LARGEST_ANGLE = math.atan(math.exp(4.5))
 """Where the cosine schedule ends: a log signal-to-noise ratio of -9, so that data can still be told from noise."""
 

@@ -11,28 +11,33 @@ from numpy.typing import NDArray
 
 from medlsdm.checks import existing_folder
 from medlsdm.errors import DataError, GeometryError
-from medlsdm.evaluation.comparison import SMALLEST_SET, Comparison, Yardstick, compare
+from medlsdm.evaluation.comparison import SMALLEST_SET, Comparison, Yardstick
 from medlsdm.evaluation.segmenter import mean_dice, train_segmenter
 from medlsdm.training.folders import find_schema, read_labels
 from medlsdm.training.patients import class_indices, normalise
 from medlsdm.types import Geometry, LabelSchema, Modality
-from medlsdm.volumes import list_nifti, nifti_stem, read_nifti, to_ras
+from medlsdm.volumes import list_nifti, named, nifti_stem, read_nifti, to_ras
 
 HELD_OUT = 0.2
 SEGMENTER_STEPS = 1500
 Volumes = dict[str, tuple[NDArray[Any], Geometry]]
 
 
-def read_volumes(folder: Path, what: str) -> Volumes:
-    """Read every NIfTI file of a folder, by name without suffix.
+def read_volumes(folder: Path, what: str, modality: Modality) -> Volumes:
+    """Read every NIfTI file of a folder, by name without suffix: in -1..1 and RAS, with the file's own grid.
 
     Raises:
-        DataError: There is none, or one cannot be read.
+        DataError: There is none, or one cannot be read, is constant or holds values that are not finite.
     """
-    paths = list_nifti(existing_folder(folder, what))
+    paths = list_nifti(existing_folder(folder, f"The folder of {what}"))
     if not paths:
-        raise DataError(f"{what} holds no NIfTI file.", "Put .nii.gz files there.")
-    return {nifti_stem(path): read_nifti(path) for path in paths}
+        raise DataError(f"The folder of {what} holds no NIfTI file.", "Put .nii.gz files there.")
+    found: Volumes = {}
+    for path in paths:
+        array, geometry = read_nifti(path)
+        with named(f"{path.name} of the {what}"):
+            found[nifti_stem(path)] = normalise(to_ras(array, geometry)[0], modality), geometry
+    return found
 
 
 def compare_folders(
@@ -65,20 +70,19 @@ def compare_folders(
         SchemaError: A map holds fractions.
     """
     groups = [
-        read_volumes(folder, what)
-        for folder, what in ((real, "The folder of real volumes"), (synthetic, "The folder of synthetic volumes"))
+        read_volumes(folder, what, modality)
+        for folder, what in ((real, "real volumes"), (synthetic, "synthetic volumes"))
     ]
-    arrays = [[to_ras(array, geometry)[0] for array, geometry in group.values()] for group in groups]
+    units = [[array for array, _ in group.values()] for group in groups]
     if labels is None and real_labels is None:
-        return compare(arrays[0], arrays[1], modality)
+        return Yardstick(units[0]).measure(units[1])
     if labels is None or real_labels is None:
         raise DataError("Label maps are given for one set only.", "Give those of the real volumes and of the others.")
     if min(len(group) for group in groups) < SMALLEST_SET:
-        return compare(arrays[0], arrays[1], modality)  # which says that these are too few
+        return Yardstick(units[0]).measure(units[1])  # which says that these are too few
     folders = (real_labels, labels)
     schema = find_schema([path for folder in folders for path in list_nifti(existing_folder(folder, "The folder"))])
     maps = [_read_maps(folder, group, schema) for folder, group in zip(folders, groups, strict=True)]
-    units = [[normalise(array, modality) for array in group] for group in arrays]
     order = np.random.default_rng(seed).permutation(len(units[0]))
     held = max(1, round(HELD_OUT * len(order)))
     seen, kept = order[held:], order[:held]

@@ -180,13 +180,13 @@ def _crop(image: Volume, labels: Labels, rng: np.random.Generator) -> tuple[Volu
 
 
 @torch.inference_mode()
-def segment(model: Segmenter, volume: Volume) -> NDArray[np.uint8]:
+def segment(model: Segmenter, volume: Volume) -> NDArray[np.int32]:
     """Return class indices on the volume's own grid."""
     device = device_of(model)
     padded = mirror_to(volume, round_up(volume.shape, STRIDE))
     with autocast(device):
         scores = model(torch.from_numpy(np.ascontiguousarray(padded))[None, None].to(device))
-    return scores[0].argmax(0).byte().cpu().numpy()[tuple(slice(n) for n in volume.shape)]
+    return scores[0].argmax(0).int().cpu().numpy()[tuple(slice(n) for n in volume.shape)]
 
 
 @torch.inference_mode()

@@ -6,15 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from medlsdm.errors import ConfigError, ResourceError
-
-DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from medlsdm.checks import existing_folder
 from medlsdm.config import schema_of_values
-from medlsdm.errors import DataError, GeometryError, MedlsdmError, SchemaError
+from medlsdm.errors import DataError, GeometryError, SchemaError
 from medlsdm.training.patients import SMALLEST_AXIS
-from medlsdm.types import LabelSchema, Modality, Scan, SemanticMap
-from medlsdm.volumes import list_nifti, nifti_stem, read_nifti
+from medlsdm.types import MAX_LABEL, LabelSchema, Modality, Scan, SemanticMap
+from medlsdm.volumes import list_nifti, named, nifti_stem, read_nifti
 
 Pair = tuple[Scan, SemanticMap]
 
@@ -28,7 +27,8 @@ def read_labels(path: Path, schema: LabelSchema) -> SemanticMap:
         SchemaError: It holds fractions, or labels that the schema does not name.
     """
     array, geometry = read_nifti(path)
-    return SemanticMap(_whole(array, path), geometry, schema)
+    with named(path.name):
+        return SemanticMap(_whole(array, path), geometry, schema)
 
 
 def _whole(array: np.ndarray, path: Path) -> np.ndarray:
@@ -36,6 +36,8 @@ def _whole(array: np.ndarray, path: Path) -> np.ndarray:
         np.isfinite(array).all() and np.array_equal(array, np.round(array))
     ):
         raise SchemaError(f"{path.name} holds fractions, so it is no label map.", "Give integer labels.")
+    if array.min() < 0 or array.max() > MAX_LABEL:
+        raise SchemaError(f"{path.name} holds labels outside 0-{MAX_LABEL}.", "Renumber the classes; 0 is background.")
     return array
 
 
@@ -43,8 +45,7 @@ def find_schema(paths: list[Path]) -> LabelSchema:
     """Make a schema of the label values found in the files."""
     values: set[int] = set()
     for path in paths:
-        with _named(path):
-            values |= {int(v) for v in np.unique(_whole(read_nifti(path)[0], path))}
+        values |= {int(v) for v in np.unique(_whole(read_nifti(path)[0], path))}
     return schema_of_values(values)
 
 
@@ -87,7 +88,7 @@ def _paired(folder: Path) -> list[tuple[Path, Path]]:
     """Return the files of images and label maps that belong together, by name."""
     existing_folder(folder, "The data folder")
     images, labels = (
-        {nifti_stem(p): p for p in list_nifti(existing_folder(folder / name, f"The folder {name!r} in"))}
+        {nifti_stem(p): p for p in list_nifti(existing_folder(folder / name, "The folder"))}
         for name in ("images", "labels")
     )
     if not images:
@@ -101,19 +102,8 @@ def _paired(folder: Path) -> list[tuple[Path, Path]]:
     return [(images[stem], labels[stem]) for stem in sorted(images)]
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Put the file's name before errors that do not say it."""
-    try:
-        yield
-    except MedlsdmError as error:
-        if path.name in error.message:
-            raise
-        raise type(error)(f"{path.name}: {error.message}", error.hint) from error
-
-
 def _read_pair(image: Path, labels: Path, modality: Modality, schema: LabelSchema) -> Pair:
-    with _named(image):
+    with named(image.name):
         array, geometry = read_nifti(image)
         scan = Scan(array, geometry, modality, nifti_stem(image))
         if min(geometry.shape) < SMALLEST_AXIS:
@@ -121,8 +111,7 @@ def _read_pair(image: Path, labels: Path, modality: Modality, schema: LabelSchem
                 f"A scan of shape {geometry.shape} is too thin for 3D training.",
                 f"Each axis needs at least {SMALLEST_AXIS} voxels.",
             )
-    with _named(labels):
-        semantic = read_labels(labels, schema)
+    semantic = read_labels(labels, schema)
     if not geometry.matches(semantic.geometry):
         raise GeometryError(
             f"{labels.name} lies on another grid than its image: {semantic.geometry.shape} against {geometry.shape}.",

@@ -31,7 +31,6 @@ __all__ = [
     "normalise",
     "prepare",
     "round_up",
-    "spacing_of",
     "split_patients",
     "typical_spacing",
 ]
@@ -226,8 +225,3 @@ def _patient(scan: Scan, labels: SemanticMap) -> Patient:
     indices, _ = to_ras(class_indices(labels), labels.geometry)
     arrays = np.ascontiguousarray(image), np.ascontiguousarray(indices)
     return Patient(*arrays, geometry.spacing, scan.modality, scan.subject, intensity)
-
-
-def spacing_of(geometry: Geometry) -> NDArray[np.float32]:
-    """Return a grid's spacing as [1, 3]."""
-    return np.array([geometry.spacing], dtype=np.float32)

@@ -103,10 +103,31 @@ def _fractions(folder: Path) -> None:
     write_nifti(folder / "labels" / "p1.nii.gz", np.full((12, 12, 12), 0.5, np.float32), geometry)
 
 
+def _labels_of(folder: Path, value: int) -> None:
+    geometry = generate(1, Modality.MR, (12, 12, 12))[0].geometry
+    write_nifti(folder / "labels" / "p1.nii.gz", np.full((12, 12, 12), value, np.int32), geometry)
+
+
+def _negative(folder: Path) -> None:
+    _labels_of(folder, -3)
+
+
+def _too_large(folder: Path) -> None:
+    _labels_of(folder, 65_536)
+
+
+def _twice(folder: Path) -> None:
+    path = folder / "labels" / "p1.nii.gz"
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_empty, "is empty"),
+        (_empty, "/images' is empty"),
+        (_negative, "p1.nii.gz holds labels outside 0-65535. Renumber"),
+        (_too_large, "p1.nii.gz holds labels outside 0-65535. Renumber"),
+        (_twice, "p1.nii and p1.nii.gz"),
         (_unpaired, "2 images and 1 label maps"),
         (_moved, "another grid"),
         (_flat, "2 axes"),
@@ -134,7 +155,12 @@ def test_bad_settings_are_named(capsys, monkeypatch, folder, tmp_path):
     start = ("train", "--data", folder, "--out", tmp_path / "run")
     assert run(capsys, monkeypatch, *start, "--preset", "huge")[0] == 4
     assert run(capsys, monkeypatch, *start, "--modality", "XX")[0] == 2
-    assert run(capsys, monkeypatch, *start, "--steps-scale", "0")[0] == 4
+    for scale in ("0", "-1", "nan", "inf", "1e300"):
+        status, _, err = run(capsys, monkeypatch, *start, "--steps-scale", scale)
+        assert status == 4
+        assert "step scale" in err
+        assert err.count("\n") == 1
+    assert run(capsys, monkeypatch, *start, "--seed", 2**64)[0] == 2
     status, _, err = run(capsys, monkeypatch, *start, "--schema", "hippocampus")
     assert status == 3
     assert "does not name" in err

@@ -37,6 +37,15 @@ def test_refuses_unknown_names_with_the_known_ones():
         (("autoencoder", "channels"), (32,)),
         (("window",), (41, 56, 40)),
         (("stage1", "batch"), 0),
+        (("window",), (0, 0, 0)),
+        (("window",), (40, -56, 40)),
+        (("stage1", "crop"), (0, 8, 8)),
+        (("autoencoder", "channels"), ()),
+        (("autoencoder", "channels"), (32, 0)),
+        (("denoiser", "channels"), ()),
+        (("denoiser", "channels"), (0, 64)),
+        (("sampling", "guidance"), float("inf")),
+        (("stage1", "learning_rate"), float("nan")),
     ],
 )
 def test_refuses_settings_that_do_not_fit(path, value):
@@ -47,6 +56,25 @@ def test_refuses_settings_that_do_not_fit(path, value):
     place[path[-1]] = value
     with pytest.raises(ConfigError):
         parse_preset(data)
+
+
+def test_refuses_attention_that_cannot_be_built_and_no_other():
+    from medlsdm.models.attention import Attention
+
+    for width in range(8, 200, 4):
+        for place, channels in ((1, (width, 64)), (2, (64, width))):
+            data = load_preset("tiny").model_dump()
+            data["denoiser"] |= {"channels": channels, "attention": 1}
+            try:
+                Attention(width)
+                fits = True
+            except ValueError:
+                fits = False
+            if fits or place == 1:
+                assert parse_preset(data).denoiser.channels == channels
+            else:
+                with pytest.raises(ConfigError, match=f"attention over {width} channels"):
+                    parse_preset(data)
 
 
 def test_schemas_load_and_values_make_one():

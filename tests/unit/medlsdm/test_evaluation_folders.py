@@ -92,6 +92,21 @@ def test_refuses_a_map_on_another_grid(real: Path, tmp_path: Path):
         )
 
 
+@pytest.mark.parametrize("value", [np.nan, 3.0])
+def test_a_volume_without_contrast_is_named(real: Path, tmp_path: Path, value: float):
+    made = fill(tmp_path, 6)
+    write_nifti(made / "images" / "v2.nii.gz", np.full((9, 9, 9), value, np.float32), Geometry(RAS, (9, 9, 9)))
+    with pytest.raises(DataError, match=r"^v2\.nii\.gz of the synthetic volumes: "):
+        compare_folders(real / "images", made / "images", Modality.MR)
+
+
+def test_two_volumes_of_one_name_are_refused(real: Path, tmp_path: Path):
+    made = fill(tmp_path, 7)
+    write_nifti(made / "images" / "v2.nii", np.zeros((9, 9, 9), np.float32), Geometry(RAS, (9, 9, 9)))
+    with pytest.raises(DataError, match=r"v2\.nii and v2\.nii\.gz"):
+        compare_folders(real / "images", made / "images", Modality.MR)
+
+
 def test_too_few_volumes_are_refused_before_anything_is_trained(real: Path, tmp_path: Path):
     few = fill(tmp_path, 5, count=3)
     with pytest.raises(DataError, match="only 3 synthetic"):

@@ -173,15 +173,21 @@ def test_paths_are_those_of_the_sampler(preset):
         end = sample(network_of(teacher, batch), torch.from_numpy(paths.points[:, 0]), steps=6, method="heun")
     # Where segments meet both take a step of Heun; at time 0 both take one of Euler.
     torch.testing.assert_close(torch.from_numpy(paths.points[:, -1]), end, atol=0.05, rtol=0.05)
-    again = draw_trajectories(teacher, latents, segments=2, substeps=3, draws=2, seed=4, batch=3)
-    assert np.array_equal(paths.row, again.row)
+    assert paths.row.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    assert not np.array_equal(paths.points[:5, 0], paths.points[5:, 0])
 
 
 def test_paths_do_not_depend_on_how_many_are_drawn_at_once(preset):
     latents = latent_set(5)
     teacher = denoiser_of(preset)
+    for parameter in teacher.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.1)
     first, second = (draw_trajectories(teacher, latents, segments=1, seed=4, batch=n) for n in (5, 2))
     assert np.array_equal(first.points[:, 0], second.points[:, 0])
+    assert np.abs(first.points[:, 1] - first.points[:, 0]).max() > 0.1
+    # The last bits of convolutions and norms follow the batch.
+    np.testing.assert_allclose(first.points, second.points, atol=0.02)
 
 
 def test_reflow_brings_few_steps_nearer_to_many(preset):

@@ -10,7 +10,7 @@ from medlsdm.anatomy import generate
 from medlsdm.checkpoints import make_checkpoint
 from medlsdm.config import load_schema
 from medlsdm.drawing import LabelSource, TileDecoder, decode_tiles, tile_decoder
-from medlsdm.errors import ConfigError, DataError, NotSyntheticError, ResourceError, SchemaError
+from medlsdm.errors import ConfigError, DataError, NotSyntheticError, ResourceError, SchemaError, UsageError
 from medlsdm.memory import Plan
 from medlsdm.models.unet import build_denoiser
 from medlsdm.models.vqgan import build_autoencoder
@@ -121,6 +121,25 @@ def test_labels_steps_guidance_and_modality_all_matter(synthesiser, labels):
     head = synthesiser.synthesise(labels, seed=0, modality=Modality.MR)
     assert head.modality is Modality.MR
     assert head.array.min() >= 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_volume(checkpoint, labels, value):
+    broken = altered(checkpoint)
+    assert broken.denoiser is not None
+    broken.denoiser["out.bias"] = torch.full_like(broken.denoiser["out.bias"], value)
+    with pytest.raises(DataError, match="seed 7 is not finite"):
+        Synthesiser(broken, 1).synthesise(labels, seed=7)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_refuses_seeds_out_of_range(synthesiser, labels, seed):
+    with pytest.raises(UsageError, match=str(seed)):
+        synthesiser.synthesise(labels, seed=seed)
+
+
+def test_the_largest_seed_draws(synthesiser, labels):
+    assert np.isfinite(synthesiser.synthesise(labels, seed=2**63 - 1, steps=1).array).all()
 
 
 def test_refuses_another_schema_and_an_untrained_modality(synthesiser, labels):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from medlsdm.anatomy import generate
 from medlsdm.checkpoints import save_checkpoint
+from medlsdm.exports.monai_bundle import export_monai_bundle
 from medlsdm.types import Geometry, Modality
 from medlsdm.volumes import read_nifti, write_nifti
 
@@ -64,6 +66,11 @@ def test_tells_what_was_chosen(draw, home):
     ("words", "status", "says"),
     [
         (("--memory", "plenty"), 2, "4GB"),
+        (("--guidance", "nan"), 2, "guidance"),
+        (("--guidance", "inf"), 2, "guidance"),
+        (("--guidance", "1e6"), 2, "guidance"),
+        (("--seed", "99999999999999999999"), 2, "--seed"),
+        (("--seed", 2**63 - 1), 2, "2 seeds"),
         (("--memory", "1MB"), 12, "--memory"),
         (("--device", "tpu"), 4, "cpu"),
         pytest.param(
@@ -81,6 +88,10 @@ def test_what_the_machine_cannot_do_is_one_line(draw, words, status, says):
 
 def _foreign(path: Path) -> None:
     write_nifti(path, np.full(SHAPE, 77, np.uint8), Geometry(np.eye(4), SHAPE))
+
+
+def _negative(path: Path) -> None:
+    write_nifti(path, np.full(SHAPE, -1, np.int16), Geometry(np.eye(4), SHAPE))
 
 
 def _flat(path: Path) -> None:
@@ -106,12 +117,39 @@ def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil", [_foreign, _flat, _zero_spacing, _fractions, _empty])
+@pytest.mark.parametrize("spoil", [_foreign, _negative, _flat, _zero_spacing, _fractions, _empty])
 def test_label_maps_that_cannot_be_used_are_one_line(draw, home, spoil):
     spoil(home / "labels" / "p0.nii.gz")
     code, _, err = draw()
     assert code == 3
     assert len(err.splitlines()) == 1
+    assert "p0.nii" in err
+
+
+@pytest.mark.parametrize("spoil", [_foreign, _empty])
+def test_what_waits_is_drawn_before_a_bad_map_ends_it(draw, home, spoil):
+    spoil(home / "labels" / "p1.nii.gz")
+    code, _, err = draw("--device", "cpu")
+    assert code == 3
+    assert err.splitlines()[0] == "p0.nii.gz (1 of 2)"
+    assert "p1.nii.gz" in err.splitlines()[1]
+    assert read_nifti(home / "out" / "p0.nii.gz")[0].shape == SHAPE
+
+
+def test_two_maps_of_one_name_are_refused(draw, home):
+    path = home / "labels" / "p1.nii.gz"
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    code, _, err = draw()
+    assert code == 3
+    assert "p1.nii and p1.nii.gz" in err
+    assert not (home / "out").exists()
+
+
+def test_a_bundle_of_ours_is_a_checkpoint(draw, home):
+    export_monai_bundle(home / "run", home / "bundle")
+    assert draw()[0] == 0
+    assert draw("--checkpoint", home / "bundle", "--out", home / "again")[0] == 0
+    assert (home / "again" / "p1.nii.gz").read_bytes() == (home / "out" / "p1.nii.gz").read_bytes()
 
 
 def test_one_class_is_drawn_with_a_warning(draw, home):
