@@ -124,6 +124,7 @@ import resource
 import numpy as np, torch
 from medlsdm.config import load_preset, load_schema
 from medlsdm.checkpoints import make_checkpoint
+from medlsdm.memory import resident_bytes
 from medlsdm.models.unet import build_denoiser
 from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.synthesis import Synthesiser
@@ -135,9 +136,10 @@ made, _ = make_checkpoint(preset=preset, schema=schema, modalities=[Modality.CT]
 shape = (144, 128, 112)
 labels = SemanticMap(np.zeros(shape, np.uint8), Geometry(np.eye(4), shape), schema)
 drawer = Synthesiser(made, threads=1)
-drawer.synthesise(labels, seed=0, steps=1, memory={900 * MIB})
-print(drawer.last_plan.estimate_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+allowed = resident_bytes() + {600 * MIB}  # builds of torch differ by hundreds of MB
+drawer.synthesise(labels, seed=0, steps=1, memory=allowed)
+print(allowed, drawer.last_plan.estimate_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    estimate, peak = map(int, done.stdout.split())
-    assert peak <= estimate <= 900 * MIB
+    allowed, estimate, peak = map(int, done.stdout.split())
+    assert peak <= estimate <= allowed
