@@ -15,6 +15,7 @@ from deid_tools.keys import SiteKeys
 from deid_tools.uids import keyed_digest, patient_parts
 
 LONGEST_SHIFT_DAYS = 1825
+LONGEST_TEXT = 1024
 _DAY = re.compile(r"(\d{4})(?:(\d{2})(\d{2})?)?")
 _OLD_DAY = re.compile(r"(\d{4})\.(\d{2})\.(\d{2})")
 _TIME = re.compile(r"([01]\d|2[0-3])(?:([0-5]\d)(?:([0-5]\d|60)(\.\d{1,6})?)?)?")
@@ -37,6 +38,8 @@ def shift(vr: str, value: str, days: int) -> str:
         days: Whole days, as ``day_shift`` gives them.
     """
     one = {"DA": _dates, "DT": _moments, "TM": _times}.get(vr, _zone)
+    if len(value) > LONGEST_TEXT:
+        return ""
     values = [one(part.strip(" \0"), days) for part in value.split("\\")]
     return "\\".join(values) if all(values) else ""
 

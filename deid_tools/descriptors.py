@@ -12,7 +12,7 @@ from deid_tools.config_files import deid_folder
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-_WORD = re.compile(r"[^\W_]+(?:\.\d+)?")
+_WORD = re.compile(r"\d\.\d+[a-z]*|[^\W_]+", re.IGNORECASE)
 _MEASURE = re.compile(r"[1-7]d|t[12]w?|(?:\d{1,2}|\d\.\d{1,2})(?:mm|cm|t)|b\d{1,4}")
 _PARTS = re.compile(r"[\W\d_]+")
 
@@ -37,7 +37,7 @@ def clean_text(text: str, own: frozenset[str]) -> str:
         text: The description, with its first value only.
         own: The words of the names that the file holds, in lower case; they never stay.
     """
-    words = _WORD.findall(text.split("\\")[0])
+    words = _WORD.findall(text[:1024].split("\\")[0])
     kept = " ".join(w for w in words if allowed(w) and w.casefold() not in own)
     return kept if len(kept) <= 64 else kept[:65].rpartition(" ")[0]
 

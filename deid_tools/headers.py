@@ -62,6 +62,8 @@ class HeaderCleaner:
         self.removed: Counter[str] = Counter()
         self.wrote: set[str] = set()
         self._named = _tags_of({*self.kept, *self.replaced})
+        minimal = load_recipe()
+        self._needed = _tags_of({*minimal.kept, *minimal.replaced})
         self._engine_recipes: dict[frozenset[str], Any] = {}
         with _engine() as said:
             from deid.dicom.fields import _get_fields_inner  # pyright: ignore[reportPrivateUsage]
@@ -88,13 +90,12 @@ class HeaderCleaner:
             self._take(element, originals, transforms, result)
         multiframe = ADMITTED[str(ds.SOPClassUID)] == "SEG" or "PerFrameFunctionalGroupsSequence" in ds
         rebuild(ds, result, self.keys, self.schema, multiframe=multiframe)
-        if multiframe:
-            self.wrote.update(segment_words(result))
         if self.recipe.name == "basic":
             references(ds, result, self.keys)
         self.wrote.update(take_private(ds, result, self.recipe.private, self.keys))
         complete(result, IMAGE_CLASSES.get(str(ds.SOPClassUID), "SEG"), multiframe=multiframe)
         stamp(result, self.recipe.codes, name=self.recipe.name, dates=self.recipe.shifts_dates)
+        self.wrote.update(word for word in segment_words(result) if len(word) > 2)
         self.removed.update(transforms.removed)
         return result
 
@@ -112,7 +113,9 @@ class HeaderCleaner:
             except Refusal:
                 raise
             except Exception:
-                raise Refusal("an element that is needed cannot be read") from None
+                if tag in self._needed:
+                    raise Refusal("an element that is needed cannot be read") from None
+                self.removed["a number that cannot be read was removed"] += 1
         return flat
 
     def _run(self, flat: Dataset, transforms: Transforms) -> Dataset:
@@ -183,9 +186,10 @@ class HeaderCleaner:
 
 
 def _traces(vr: str, text: str) -> set[str]:
-    """Return which parts of a new value may also stand in the original: words, times and zones, never dates."""
+    """Return which parts of a new value may also stand in the original: words, times, zones, years; no whole date."""
     if vr == "DA":
-        return set()
+        values = text.split("\\")
+        return {end for value in values for end in (value, *value.split("-")) if not re.search(r"\d{8}", end)}
     if vr == "DT":
         return {part for value in text.split("\\") for part in re.findall(r"(?<=\.)\d+", value)}
     return {text, *text.split("\\"), *re.findall(r"\w+", text)}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.admit import Refusal
+from deid_tools.transforms import as_text
 from medlsdm.types import LabelClass, LabelSchema
 
 if TYPE_CHECKING:
@@ -49,11 +50,13 @@ def clean_segment(item: Dataset, schema: LabelSchema | None) -> Dataset:
 
 
 def segment_words(ds: Dataset) -> Iterator[str]:
-    """Yield the names and codes that a rebuilt object states: all are the dictionary's or the schema's."""
+    """Yield the names, codes and terms that a rebuilt object states: all are the dictionary's or the schema's."""
     yield PRIVATE_SCHEME
     for element in ds:
         if element.keyword in ("SegmentLabel", "CodeValue", "CodeMeaning"):
             yield str(element.value)
+        elif element.VR == "CS":
+            yield from as_text(element.value).split("\\")
         elif element.VR == "SQ":
             for item in element.value:
                 yield from segment_words(item)

@@ -21,6 +21,7 @@ from deid_tools.nested import segment_words
 from deid_tools.originals import Originals
 from deid_tools.pairs import PairResult, read_pairs
 from deid_tools.pixels import TextSearch, take_pixels
+from deid_tools.quiet import quiet_logs
 from deid_tools.recipes import Recipe
 from deid_tools.report import DeidReport, HeldFile, SeriesRecord
 from deid_tools.series import SeriesPlan, plan_series
@@ -73,7 +74,7 @@ def deidentify(
     check_same_run(out, cleaner.recipe_sha256, keys.id)
     run = _Run(source, out, cleaner, schema, progress or (lambda *_: None))
     start_output(out, cleaner.recipe_sha256, keys.id)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".working-") as working:
+    with quiet_logs(), tempfile.TemporaryDirectory(dir=out, prefix=".working-") as working:
         run.working = Path(working)
         run.admit_all()
         run.images()
