@@ -76,18 +76,26 @@ def run_command(
     ),
     project: str = typer.Option("default", help="The project; two projects give one patient two pseudonyms."),
     schema: Path | None = typer.Option(None, help="A label schema (YAML or JSON) that names the segments."),
+    recipe: str = typer.Option("allow-list", help="What stays of a header: allow-list, basic, or a recipe file."),
+    option: list[str] = typer.Option(
+        [],
+        help="With basic, again for each: modified-dates, patient-characteristics, age-bands, clean-descriptors, "
+        "safe-private.",
+    ),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """De-identify every series under IN into OUT, and say what is held and why."""
     from deid_tools.keys import SiteKeys
     from deid_tools.pipeline import deidentify
+    from deid_tools.recipes import load_recipe
 
     if not source.is_dir():
         raise DataError("The source is not a folder.", "Check the path.")
     names = _load_schema(schema) if schema else None
+    rules = load_recipe(recipe, option)
     keys: SiteKeys = SiteKeys.derive(load_master_key(key or default_key_file()), project)
     with _progress() as progress:
-        report = deidentify(source, out, keys, schema=names, progress=progress)
+        report = deidentify(source, out, keys, schema=names, recipe=rules, progress=progress)
     if json and report.series:
         print_json(report.to_json())
     elif not json:
@@ -136,6 +144,8 @@ def _print_report(report: DeidReport) -> None:
     print(f"{sum(s.labels for s in report.series)} label maps; {len(report.held)} of {report.files_seen} files held")
     for reason, count in report.reasons().items():
         print(f"  held {count:>5}  {reason}")
+    for what, count in report.removed.items():
+        print(f"  {count:>10}  {what}")
     print(report.ocr)
 
 

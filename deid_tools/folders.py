@@ -34,13 +34,31 @@ def check_output(source: Path, out: Path) -> None:
             )
 
 
-def start_output(out: Path) -> None:
+def check_same_run(out: Path, recipe_sha256: str, key_id: str) -> None:
+    """Raise DataError if an earlier run wrote into ``out`` with another recipe or key: the two must not mix."""
+    if not (out / "report.json").exists():
+        return
+    earlier = json.loads((out / "report.json").read_text())
+    if earlier.get("key_id", key_id) != key_id:
+        raise DataError(
+            "The output folder was made with another key or for another project.",
+            "Choose an empty output folder, or give the key and project of the earlier run.",
+        )
+    if earlier.get("recipe_sha256", recipe_sha256) != recipe_sha256:
+        raise DataError(
+            "The output folder was made with another recipe or other options.",
+            "Choose an empty output folder, or give the recipe and options of the earlier run.",
+        )
+
+
+def start_output(out: Path, recipe_sha256: str, key_id: str) -> None:
     """Mark the folder as ours before anything is in it, so that a run that was killed can resume."""
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob(".working-*"):
         shutil.rmtree(leftover)
     if not (out / "report.json").exists():
-        write_atomic(out / "report.json", json.dumps({"program": PROGRAM, "finished": False}).encode())
+        mark = {"program": PROGRAM, "finished": False, "recipe_sha256": recipe_sha256, "key_id": key_id}
+        write_atomic(out / "report.json", json.dumps(mark).encode())
 
 
 def walk(source: Path, hold: Callable[[Path, str], None]) -> list[Path]:

@@ -1,94 +1,77 @@
 """Header de-identification: an allow-list recipe run by pydicom/deid inside a wrapper that fails closed.
 
 The engine leaves a value in place when a recipe names a variable that is not there or a function
-returns nothing. So the recipe is checked when it is loaded, everything the engine writes or warns
-about is a refusal, and its result is checked element by element before anything is built from it.
+returns nothing. So the recipe is checked when it is loaded, the engine sees only what the recipe
+names, everything that it writes or warns about is a refusal, and its result is compared element by
+element with what it should be before anything is built from it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import copy
 import io
+import re
+import tempfile
 import warnings
-from importlib import resources
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.admit import ADMITTED, IMAGE_CLASSES, Refusal
+from deid_tools.frames import rebuild, references
 from deid_tools.keys import SiteKeys
 from deid_tools.modules import complete, stamp
-from deid_tools.nested import rebuild
-from deid_tools.uids import new_uid, pseudonym
+from deid_tools.nested import segment_words
+from deid_tools.private import take_private
+from deid_tools.recipes import NUMBERS, Recipe, load_recipe
+from deid_tools.terms import TERMS
+from deid_tools.transforms import Transforms
 from medlsdm.errors import ConfigError
 from medlsdm.types import LabelSchema
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-_FUNCTIONS = ("keyed_uid",)
-_VARIABLES = ("pseudonym",)
-_NUMBERS = ("DS", "IS", "US", "SS", "UL", "SL", "FD", "FL")
-
-
-def _terms(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-TERMS: dict[str, frozenset[str]] = {
-    "Modality": _terms("CT MR PT SEG"),
-    "ImageType": _terms(
-        "ORIGINAL DERIVED PRIMARY SECONDARY AXIAL M M_FFE NONE NORM DIS2D DIS3D ADD VOLUME MIXED T1 T2 "
-        "PROTON_DENSITY DIFFUSION FFE SE"
-    ),
-    "PatientPosition": _terms("HFP HFS HFDR HFDL FFDR FFDL FFP FFS"),
-    "MRAcquisitionType": _terms("2D 3D"),
-    "ScanningSequence": _terms("SE IR GR EP RM"),
-    "SequenceVariant": _terms("SK MTC SS TRSS SP MP OSP NONE"),
-    "Units": _terms("CNTS NONE CM2 PCNT CPS BQML MGMINML UMOLMINML MLMING MLG 1CM UMOLML PROPCNTS GML STDDEV"),
-    "SUVType": _terms("BSA BW LBM LBMJAMES128 LBMJANMA IBW"),
-    "DecayCorrection": _terms("NONE START ADMIN"),
-    "CorrectedImage": _terms("DECY RADL ATTN SCAT DTIM MOTN PMOT CLN RAN DCAL NORM"),
-    "PhotometricInterpretation": _terms("MONOCHROME2"),
-    "RescaleType": _terms("HU US OD"),
-    "LossyImageCompression": _terms("00 01"),
-    "SegmentationType": _terms("BINARY FRACTIONAL LABELMAP"),
-    "SegmentationFractionalType": _terms("PROBABILITY OCCUPANCY"),
-    "SegmentsOverlap": _terms("YES NO UNDEFINED"),
-}
-"""The terms that a code string may hold; any other term is dropped (ImageType: becomes NONE)."""
-
-
-def default_recipe() -> Path:
-    """Return the allow-list recipe that comes with the package."""
-    return Path(str(resources.files("deid_tools"))) / "recipes" / "allow-list.dicom"
+_FAILED = "the header could not be de-identified"
+_DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
 
 
 class HeaderCleaner:
-    """De-identify headers under one recipe and one set of keys.
+    """De-identify headers under one recipe and one set of keys; made once, used for every file.
 
     Args:
         keys: The site's keys.
         schema: The label schema that may name segments; without it only dictionary codes do.
-        recipe: An allow-list recipe: REMOVE ALL, KEEP and REPLACE, nothing else.
+        recipe: A checked recipe; by default the allow-list.
+
+    Attributes:
+        removed: How many values were removed because they could not be read, by kind.
+        wrote: What the last result holds that also stands in its original, and may: cleaned words, times.
 
     Raises:
-        ConfigError: The recipe names an unknown tag, variable, function or action.
+        ConfigError: The engine reads the recipe differently.
     """
 
-    def __init__(self, keys: SiteKeys, *, schema: LabelSchema | None = None, recipe: Path | None = None) -> None:
-        recipe = recipe or default_recipe()
+    def __init__(self, keys: SiteKeys, *, schema: LabelSchema | None = None, recipe: Recipe | None = None) -> None:
         self.keys = keys
         self.schema = schema
-        self.recipe_sha256 = hashlib.sha256(recipe.read_bytes()).hexdigest()
+        self.recipe = recipe or load_recipe()
+        self.recipe_sha256 = self.recipe.sha256
+        self.kept, self.replaced = self.recipe.kept, self.recipe.replaced
+        self.removed: Counter[str] = Counter()
+        self.wrote: set[str] = set()
+        self._named = _tags_of({*self.kept, *self.replaced})
+        minimal = load_recipe()
+        self._needed = _tags_of({*minimal.kept, *minimal.replaced})
+        self._engine_recipes: dict[frozenset[str], Any] = {}
         with _engine() as said:
-            from deid.config import DeidRecipe
             from deid.dicom.fields import _get_fields_inner  # pyright: ignore[reportPrivateUsage]
             from deid.dicom.parser import DicomParser
 
             self._parser, self._forget = DicomParser, _get_fields_inner.cache_clear
-            self._recipe = DeidRecipe(str(recipe))
-        self.kept, self.replaced = _check_recipe(self._recipe, said.getvalue())
+            self._recipe = _engine_recipe(self.recipe.text)
+        _check_same(self._recipe, self.recipe, said.getvalue())
 
     def clean(self, ds: Dataset) -> Dataset:
         """Return a new dataset with nothing in it but what the recipe allows, without pixel data.
@@ -98,57 +81,118 @@ class HeaderCleaner:
         """
         from pydicom.dataset import Dataset
 
-        patient = pseudonym(self.keys, str(ds.get("IssuerOfPatientID", "") or ""), str(ds.PatientID))
-        flat = self._run(_without_nested(ds), patient)
+        transforms = Transforms(self.keys, ds, words=bool(self.recipe.by("clean_text")))
+        self.wrote = set()
+        flat = self._flat(ds)
+        originals = {element.keyword: element.value for element in flat}
         result = Dataset()
-        for element in flat:
-            self._take(element, ds, patient, result)
+        for element in self._run(flat, transforms):
+            self._take(element, originals, transforms, result)
         multiframe = ADMITTED[str(ds.SOPClassUID)] == "SEG" or "PerFrameFunctionalGroupsSequence" in ds
         rebuild(ds, result, self.keys, self.schema, multiframe=multiframe)
+        if self.recipe.name == "basic":
+            references(ds, result, self.keys)
+        self.wrote.update(take_private(ds, result, self.recipe.private, self.keys))
         complete(result, IMAGE_CLASSES.get(str(ds.SOPClassUID), "SEG"), multiframe=multiframe)
-        stamp(result)
+        stamp(result, self.recipe.codes, name=self.recipe.name, dates=self.recipe.shifts_dates)
+        self.wrote.update(word for word in segment_words(result) if len(word) > 2)
+        self.removed.update(transforms.removed)
         return result
 
-    def _run(self, flat: Dataset, patient: str) -> Dataset:
-        def keyed_uid(item: Any, value: Any, field: Any, dicom: Any) -> str:
-            return new_uid(self.keys, str(field.element.value))
+    def _flat(self, ds: Dataset) -> Dataset:
+        """Copy what the recipe names and nothing else: the rest never reaches the engine."""
+        from pydicom.dataset import FileDataset, FileMetaDataset
 
+        flat = FileDataset("", {}, file_meta=FileMetaDataset())
+        for tag in [t for t in ds.keys() if t in self._named]:  # noqa: SIM118  # iterating would read every element
+            try:
+                element = ds[tag]
+                if element.VR in ("SQ", "OB", "OW", "OF", "OD", "OL", "OV", "UN"):
+                    raise Refusal("an element is not of the type that the standard gives it")
+                flat.add_new(tag, element.VR, copy.copy(element.value))
+            except Refusal:
+                raise
+            except Exception:
+                if tag in self._needed:
+                    raise Refusal("an element that is needed cannot be read") from None
+                self.removed["a number that cannot be read was removed"] += 1
+        return flat
+
+    def _run(self, flat: Dataset, transforms: Transforms) -> Dataset:
+        def function(name: str) -> Any:
+            def call(item: Any, value: Any, field: Any, dicom: Any) -> str:
+                return transforms.apply(f"func:{name}", field.element.VR, field.element.value)
+
+            return call
+
+        present = frozenset(element.keyword for element in flat)
         try:
             with _engine() as said:
-                parser = self._parser(flat, recipe=self._recipe, force=False, disable_skip=True)
-                parser.define("keyed_uid", keyed_uid)
-                parser.define("pseudonym", patient)
+                parser = self._parser(flat, recipe=self._for(present), force=False, disable_skip=True)
+                for rule in {*self.replaced.values()}:
+                    kind, _, name = rule.partition(":")
+                    parser.define(name, transforms.pseudonym if kind == "var" else function(name))
                 parser.parse()
         except (Exception, SystemExit):
-            raise Refusal("the header could not be de-identified (the engine failed)") from None
+            raise Refusal(f"{_FAILED} (the engine failed)") from None
         finally:
             self._forget()  # else the engine keeps every header it ever saw in memory
         if said.getvalue().strip():
-            raise Refusal("the header could not be de-identified (the engine warned)")
+            raise Refusal(f"{_FAILED} (the engine warned)")
         return parser.dicom
 
-    def _take(self, element: Any, ds: Dataset, patient: str, result: Dataset) -> None:
+    def _for(self, present: frozenset[str]) -> Any:
+        """Return the engine's recipe without the lines for attributes that this kind of header does not have."""
+        if present not in self._engine_recipes:
+            if len(self._engine_recipes) > 256:
+                self._engine_recipes.clear()
+            part = copy.copy(self._recipe)
+            header = [a for a in self._recipe.deid["header"] if a["field"] in present or a["field"] == "ALL"]
+            part.deid = {**self._recipe.deid, "header": header}
+            self._engine_recipes[present] = part
+        return self._engine_recipes[present]
+
+    def _take(self, element: Any, originals: dict[str, Any], transforms: Transforms, result: Dataset) -> None:
         keyword = element.keyword
         if keyword in self.replaced:
-            original = str(ds.get(keyword, "") or "")
-            expected = new_uid(self.keys, original) if element.VR == "UI" else patient
-            if str(element.value) != expected and original:
-                raise Refusal("the engine left an identifier in place")
-            if original:
-                result.add_new(element.tag, element.VR, expected)
+            self._take_replaced(element, originals.get(keyword), transforms, result)
         elif keyword not in self.kept:
             raise Refusal("the engine left an element in place that is not on the allow-list")
-        elif element.VR in _NUMBERS:
+        elif element.VR in NUMBERS:
             _take_number(element, result)
         elif element.VR == "CS":
             _take_terms(element, result)
         elif keyword == "SOPClassUID" and str(element.value) in ADMITTED:
             result.SOPClassUID = element.value
-        elif keyword in ("RescaleType",):
+        elif keyword == "RescaleType":
             if str(element.value) in TERMS[keyword]:
                 result.add_new(element.tag, element.VR, str(element.value))
         else:
             raise Refusal("an element is not of the type that the standard gives it")
+
+    def _take_replaced(self, element: Any, original: Any, transforms: Transforms, result: Dataset) -> None:
+        from deid_tools.transforms import as_text
+
+        rule = self.replaced[element.keyword]
+        if not as_text(original):
+            return
+        expected = transforms.apply(rule, element.VR, original, count=True)
+        if as_text(element.value) != expected:
+            raise Refusal("the engine left an identifier in place")
+        if expected:
+            result.add_new(element.tag, element.VR, expected.split("\\") if "\\" in expected else expected)
+            if rule in ("func:shift", "func:age", "func:age_band", "func:clean_text"):
+                self.wrote.update(_traces(element.VR, expected))
+
+
+def _traces(vr: str, text: str) -> set[str]:
+    """Return which parts of a new value may also stand in the original: words, times, zones, years; no whole date."""
+    if vr == "DA":
+        values = text.split("\\")
+        return {end for value in values for end in (value, *value.split("-")) if not re.search(r"\d{8}", end)}
+    if vr == "DT":
+        return {part for value in text.split("\\") for part in re.findall(r"(?<=\.)\d+", value)}
+    return {text, *text.split("\\"), *re.findall(r"\w+", text)}
 
 
 def _take_number(element: Any, result: Dataset) -> None:
@@ -159,7 +203,7 @@ def _take_number(element: Any, result: Dataset) -> None:
         raise Refusal("a numeric element does not hold a number") from None
     if not finite:
         raise Refusal("a numeric element holds a value out of range")
-    if values:
+    if values and not any(_DATE.fullmatch(str(v).strip()) for v in values):
         result.add_new(element.tag, element.VR, element.value)
 
 
@@ -174,59 +218,28 @@ def _take_terms(element: Any, result: Dataset) -> None:
         result.add_new(element.tag, "CS", terms)
 
 
-def _without_nested(ds: Dataset) -> Dataset:
-    """Copy the public, flat elements: private ones, sequences and pixels never reach the engine."""
-    from pydicom.dataset import FileDataset, FileMetaDataset
-
-    flat = FileDataset("", {}, file_meta=FileMetaDataset())
-    for tag in list(ds.keys()):
-        if tag.is_private or tag.group >= 0x7FE0 or tag.element == 0 or tag.group in (0x0002, 0x0004):
-            continue
-        try:
-            element = ds[tag]
-        except Exception:
-            if tag in _kept_tags():
-                raise Refusal("an element that is needed cannot be read") from None
-            continue
-        if element.VR not in ("SQ", "OB", "OW", "OF", "OD", "OL", "OV", "UN"):
-            flat.add_new(tag, element.VR, element.value)
-    return flat
-
-
-def _kept_tags() -> frozenset[int]:
+def _tags_of(keywords: set[str]) -> frozenset[int]:
     from pydicom.datadict import tag_for_keyword
 
-    lines = default_recipe().read_text().splitlines()
-    tags = (tag_for_keyword(line.split()[1]) for line in lines if line.startswith(("KEEP", "REPLACE")))
-    return frozenset(tag for tag in tags if tag is not None)
+    return frozenset(tag for tag in map(tag_for_keyword, keywords) if tag is not None)
 
 
-def _check_recipe(recipe: Any, said: str) -> tuple[frozenset[str], frozenset[str]]:
-    from pydicom.datadict import tag_for_keyword
+def _engine_recipe(text: str) -> Any:
+    from deid.config import DeidRecipe
 
-    actions = recipe.get_actions() or []
-    problems = [said.strip()] if said.strip() else []
-    if not any(a["action"] == "REMOVE" and a["field"] == "ALL" for a in actions):
-        problems.append("it does not start from REMOVE ALL")
-    if any(recipe.deid.get(section) for section in ("filter", "values", "fields")):
-        problems.append("it has sections other than %header")
-    kept, replaced = set(), set()
-    for action in actions:
-        name, field, value = action["action"], action["field"], str(action.get("value") or "")
-        if name == "REMOVE" and field == "ALL":
-            continue
-        if name not in ("KEEP", "REPLACE") or tag_for_keyword(field) is None:
-            problems.append(f"{name} {field} is not an action on a known attribute")
-        kind, _, target = value.partition(":")
-        known = {"func": _FUNCTIONS, "var": _VARIABLES}.get(kind, ())
-        if name == "REPLACE" and target not in known:
-            problems.append(f"{field} is replaced by something undefined")
-        (kept if name == "KEEP" else replaced).add(field)
-    if problems or kept & replaced:
-        raise ConfigError(
-            f"The de-identification recipe is not safe: {'; '.join(problems) or 'it contradicts itself'}."
-        )
-    return frozenset(kept), frozenset(replaced)
+    with tempfile.TemporaryDirectory(prefix="medlsdm-recipe-") as folder:
+        path = Path(folder) / "deid.dicom"
+        path.write_text(text)
+        return DeidRecipe(str(path))
+
+
+def _check_same(engine: Any, recipe: Recipe, said: str) -> None:
+    """Raise ConfigError unless the engine read from the recipe what we read."""
+    actions = [(a["action"], a["field"], str(a.get("value") or "")) for a in engine.get_actions() or []]
+    ours = {("REMOVE", "ALL", ""), *(("KEEP", k, "") for k in recipe.kept)}
+    ours |= {("REPLACE", k, value) for k, value in recipe.replaced.items()}
+    if said.strip() or set(actions) != ours or len(actions) != len(ours):
+        raise ConfigError("The de-identification recipe is not safe: the engine reads it differently.")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
-"""The secrets behind pseudonyms: three keys for one site and one project."""
+"""The secrets behind pseudonyms: keys for one site and one project, derived from one master key."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,29 +13,36 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from medlsdm.errors import ConfigError
 
 KEY_BYTES = 32
+ID_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SiteKeys:
-    """Hold the keys for UIDs and pseudonyms, 32 bytes each; ``repr`` shows nothing.
+    """Hold the keys for UIDs, pseudonyms and dates, 32 bytes each; ``repr`` shows nothing.
 
-    Guarantee: without the keys, nobody can test whether a guessed UID or patient ID is behind a
-        pseudonym (HMAC-SHA256), and two projects with different names cannot be linked.
+    Guarantee: without the keys, nobody can test whether a guessed UID, patient ID or date is behind
+        what was written (HMAC-SHA256), and two projects with different names cannot be linked.
     """
 
     uid: bytes
     pseudonym: bytes
+    date: bytes
 
     def __post_init__(self) -> None:
-        if any(len(key) != KEY_BYTES for key in (self.uid, self.pseudonym)):
+        if any(len(key) != KEY_BYTES for key in (self.uid, self.pseudonym, self.date)):
             raise ConfigError("A site key does not have 32 bytes.", "Derive the keys from one master key.")
 
     def __repr__(self) -> str:
         return "SiteKeys(secret)"
 
+    @property
+    def id(self) -> str:
+        """Return 12 hex digits that name these keys and tell nothing about them: which key made an output."""
+        return hmac.new(self.pseudonym, b"medlsdm-deid/1/key-id", hashlib.sha256).hexdigest()[:ID_DIGITS]
+
     @classmethod
     def derive(cls, master: bytes, project: str) -> Self:
-        """Derive both keys from one master key by HKDF-SHA256, bound to the project's name.
+        """Derive the keys from one master key by HKDF-SHA256, bound to the project's name.
 
         Raises:
             ConfigError: The master key is shorter than 32 bytes or the project has no name.
@@ -47,4 +56,4 @@ class SiteKeys:
             info = f"medlsdm-deid/1/{purpose}/{project}".encode()
             return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(master)
 
-        return cls(expand("uid"), expand("pseudonym"))
+        return cls(expand("uid"), expand("pseudonym"), expand("date"))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deid_tools.frames import NOT_STATED
+from medlsdm.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 DUMMY_DATE, DUMMY_TIME = "19000101", "000000"
+METHODS = {"basic": "medlsdm basic; PS3.15 basic profile"}
 METHOD = "medlsdm allow-list; PS3.15 basic profile"
-STAMP_CODES = (("113100", "Basic Application Confidentiality Profile"),)
-LONGITUDINAL = "REMOVED"
 
 _EMPTY_ALWAYS = [
     "StudyDate",
@@ -48,6 +52,7 @@ _EMPTY = {
     ],
     "SEG": ["ContentCreatorName", "ContentDescription"],
 }
+_EMPTY_FRAMES = ["AcquisitionContextSequence"]
 _FIXED: dict[str, dict[str, Any]] = {
     "CT": {},
     "MR": {"ScanningSequence": "RM", "SequenceVariant": "NONE"},
@@ -74,13 +79,18 @@ _FIXED: dict[str, dict[str, Any]] = {
     },
 }
 _MULTIFRAME: dict[str, Any] = {
-    "Manufacturer": "not stated",
-    "ManufacturerModelName": "not stated",
-    "DeviceSerialNumber": "not stated",
-    "SoftwareVersions": "not stated",
+    "Manufacturer": NOT_STATED,
+    "ManufacturerModelName": NOT_STATED,
+    "DeviceSerialNumber": NOT_STATED,
+    "SoftwareVersions": NOT_STATED,
     "ContentDate": DUMMY_DATE,
     "ContentTime": DUMMY_TIME,
 }
+
+
+def written_by_us(kind: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the keywords that are put back empty, and those that get a dummy value, for CT, MR, PT or SEG."""
+    return frozenset(_EMPTY_ALWAYS + _EMPTY[kind] + _EMPTY_FRAMES), frozenset({*_FIXED[kind], *_MULTIFRAME})
 
 
 def complete(ds: Dataset, kind: str, *, multiframe: bool) -> None:
@@ -91,24 +101,50 @@ def complete(ds: Dataset, kind: str, *, multiframe: bool) -> None:
             del ds.PatientPosition  # classic PET states it as codes, and not both ways (PS3.3 C.8.4.6)
         if multiframe:
             for keyword, value in _MULTIFRAME.items():
-                setattr(ds, keyword, value)
+                if keyword not in ds:
+                    setattr(ds, keyword, value)
         for keyword, value in ({} if multiframe and kind != "SEG" else _FIXED[kind]).items():
             if keyword not in ds:
                 setattr(ds, keyword, value)
-        for keyword in _EMPTY_ALWAYS + ([] if multiframe and kind != "SEG" else _EMPTY[kind]):
+        empty = _EMPTY_FRAMES if multiframe and kind != "SEG" else _EMPTY[kind]
+        for keyword in _EMPTY_ALWAYS + empty:
+            if keyword == "Laterality" and "BodyPartExamined" in ds:
+                continue  # asked for of paired parts only, and then the original has it
             if keyword not in ds:
                 setattr(ds, keyword, [] if keyword.endswith("Sequence") else None)
 
 
-def stamp(ds: Dataset) -> None:
-    """State that the object was de-identified, and how (PS3.15 E.1.1 and CID 7050)."""
-    from deid_tools.nested import coded
+def stamp(ds: Dataset, codes: Iterable[str] = ("113100",), *, name: str = "allow-list", dates: bool = False) -> None:
+    """State that the object was de-identified, and how (PS3.15 E.1.1 and CID 7050).
 
+    Args:
+        ds: The object.
+        codes: Codes of CID 7050 for what was really done.
+        name: The recipe's name.
+        dates: Whether dates were moved; else they were removed.
+    """
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.PatientIdentityRemoved = "YES"
-    ds.DeidentificationMethod = METHOD
-    ds.DeidentificationMethodCodeSequence = [coded(value, "DCM", meaning) for value, meaning in STAMP_CODES]
-    ds.LongitudinalTemporalInformationModified = LONGITUDINAL
+    ds.DeidentificationMethod = METHODS.get(name, METHOD)
+    ds.DeidentificationMethodCodeSequence = []
+    for code in codes:
+        add_stamp(ds, code)
+    ds.LongitudinalTemporalInformationModified = "MODIFIED" if dates else "REMOVED"
+
+
+def add_stamp(ds: Dataset, code: str) -> None:
+    """Add one more code of CID 7050 for what was done, such as 113101 once pixels were cleaned.
+
+    Raises:
+        ConfigError: There is no such code.
+    """
+    from deid_tools.nested import code_meaning, coded
+
+    meaning = code_meaning(code, "DCM")
+    if not meaning or not re.fullmatch(r"1131(0\d|1[0-2])", code):
+        raise ConfigError(f"{code} is not a code of CID 7050.", "See PS3.16.")
+    if all(item.CodeValue != code for item in ds.DeidentificationMethodCodeSequence):
+        ds.DeidentificationMethodCodeSequence.append(coded(code, "DCM", meaning))
 
 
 def save_clean(ds: Dataset, path: Path) -> None:

@@ -1,9 +1,4 @@
-"""Rebuild the few nested sequences that carry geometry or the meaning of a segment.
-
-The header engine drops every sequence. What multi-frame images and segmentations need is copied
-here, item by item, from a tree of keywords: numbers as they are, UIDs under the site's key, codes
-with the meaning that the dictionary gives them. No free text passes.
-"""
+"""Segments and codes: each with the meaning that the dictionary or the label schema gives it, never the file's."""
 
 from __future__ import annotations
 
@@ -12,8 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.admit import Refusal
-from deid_tools.keys import SiteKeys
-from deid_tools.uids import new_uid
+from deid_tools.transforms import as_text
 from medlsdm.types import LabelClass, LabelSchema
 
 if TYPE_CHECKING:
@@ -23,73 +17,16 @@ PRIVATE_SCHEME = "99MEDLSDM"
 _CODE = re.compile(r"[A-Z0-9][A-Z0-9.-]{0,15}")
 _SCHEMES = ("SCT", "SRT", "DCM", "NCIt", PRIVATE_SCHEME)
 
-Tree = dict[str, "Tree | None"]
-_FRAME: Tree = {
-    "PixelMeasuresSequence": {"PixelSpacing": None, "SliceThickness": None, "SpacingBetweenSlices": None},
-    "PlaneOrientationSequence": {"ImageOrientationPatient": None},
-    "PlanePositionSequence": {"ImagePositionPatient": None},
-    "FrameContentSequence": {
-        "DimensionIndexValues": None,
-        "InStackPositionNumber": None,
-        "TemporalPositionIndex": None,
-    },
-    "PixelValueTransformationSequence": {"RescaleSlope": None, "RescaleIntercept": None},
-    "MREchoSequence": {"EffectiveEchoTime": None},
-    "MRDiffusionSequence": {"DiffusionBValue": None},
-    "SegmentIdentificationSequence": {"ReferencedSegmentNumber": None},
-}
-TREE: Tree = {
-    "SharedFunctionalGroupsSequence": _FRAME,
-    "PerFrameFunctionalGroupsSequence": _FRAME,
-    "DimensionOrganizationSequence": {"DimensionOrganizationUID": None},
-    "DimensionIndexSequence": {
-        "DimensionOrganizationUID": None,
-        "DimensionIndexPointer": None,
-        "FunctionalGroupPointer": None,
-    },
-}
-_NUMBERS = ("DS", "IS", "FD", "FL", "US", "UL", "SS", "SL", "AT")
 
-
-def rebuild(source: Dataset, target: Dataset, keys: SiteKeys, schema: LabelSchema | None, *, multiframe: bool) -> None:
-    """Add to ``target`` the nested geometry of a multi-frame ``source``, and its segments if it has any.
+def clean_segment(item: Dataset, schema: LabelSchema | None) -> Dataset:
+    """Return a segment named by its code or by the schema.
 
     Raises:
-        Refusal: A value is not of its kind, or a segment cannot be named without free text.
+        Refusal: It cannot be named without free text.
     """
-    if not multiframe:
-        return
-    _copy(source, target, TREE, keys)
-    if "SegmentSequence" in source:
-        target.SegmentSequence = [_segment(item, schema) for item in source.SegmentSequence]
-
-
-def _copy(source: Dataset, target: Dataset, tree: Tree, keys: SiteKeys) -> None:
-    from pydicom.dataset import Dataset
-    from pydicom.sequence import Sequence
-
-    for keyword, below in tree.items():
-        if keyword not in source:
-            continue
-        element = source[keyword]
-        if below is not None:
-            items = []
-            for item in element.value:
-                items.append(Dataset())
-                _copy(item, items[-1], below, keys)
-            setattr(target, keyword, Sequence(items))
-        elif element.VR == "UI":
-            setattr(target, keyword, new_uid(keys, str(element.value)))
-        elif element.VR in _NUMBERS:
-            setattr(target, keyword, element.value)
-        else:
-            raise Refusal("a nested value is not of the type that the standard gives it")
-
-
-def _segment(item: Dataset, schema: LabelSchema | None) -> Dataset:
     from pydicom.dataset import Dataset
 
-    value, scheme = _code_of(item, "SegmentedPropertyTypeCodeSequence")
+    value, scheme = code_of(item, "SegmentedPropertyTypeCodeSequence")
     found = match_class(schema, value, scheme, str(item.get("SegmentLabel", ""))) if schema else None
     meaning = found.name if found else code_meaning(value, scheme)
     if not meaning:
@@ -101,7 +38,7 @@ def _segment(item: Dataset, schema: LabelSchema | None) -> Dataset:
     segment.SegmentAlgorithmType = algorithm if algorithm in ("AUTOMATIC", "SEMIAUTOMATIC", "MANUAL") else "MANUAL"
     if segment.SegmentAlgorithmType != "MANUAL":
         segment.SegmentAlgorithmName = "not stated"
-    category, category_scheme = _code_of(item, "SegmentedPropertyCategoryCodeSequence")
+    category, category_scheme = code_of(item, "SegmentedPropertyCategoryCodeSequence")
     known = code_meaning(category, category_scheme)
     segment.SegmentedPropertyCategoryCodeSequence = [
         coded(category, category_scheme, known) if known else coded("85756007", "SCT", "Tissue")
@@ -113,16 +50,20 @@ def _segment(item: Dataset, schema: LabelSchema | None) -> Dataset:
 
 
 def segment_words(ds: Dataset) -> Iterator[str]:
-    """Yield the names and codes that a rebuilt SEG states: all are the dictionary's or the schema's."""
+    """Yield the names, codes and terms that a rebuilt object states: all are the dictionary's or the schema's."""
     yield PRIVATE_SCHEME
-    for segment in ds.get("SegmentSequence", None) or ():
-        yield segment.SegmentLabel
-        for keyword in ("SegmentedPropertyCategoryCodeSequence", "SegmentedPropertyTypeCodeSequence"):
-            for item in segment[keyword].value:
-                yield from (item.CodeValue, item.CodeMeaning)
+    for element in ds:
+        if element.keyword in ("SegmentLabel", "CodeValue", "CodeMeaning"):
+            yield str(element.value)
+        elif element.VR == "CS":
+            yield from as_text(element.value).split("\\")
+        elif element.VR == "SQ":
+            for item in element.value:
+                yield from segment_words(item)
 
 
-def _code_of(item: Dataset, keyword: str) -> tuple[str, str]:
+def code_of(item: Dataset, keyword: str) -> tuple[str, str]:
+    """Return value and scheme of the one code below a keyword, or two empty strings."""
     codes: Any = item.get(keyword, None) or []
     if len(codes) != 1:
         return "", ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deid_tools.admit import IMAGE_CLASSES, Instance, Refusal, admit, read_strict
-from deid_tools.folders import check_output, start_output, walk
+from deid_tools.folders import check_output, check_same_run, start_output, walk
 from deid_tools.headers import HeaderCleaner
 from deid_tools.keys import SiteKeys
 from deid_tools.modules import save_clean
@@ -21,6 +21,8 @@ from deid_tools.nested import segment_words
 from deid_tools.originals import Originals
 from deid_tools.pairs import PairResult, read_pairs
 from deid_tools.pixels import TextSearch, take_pixels
+from deid_tools.quiet import quiet_logs
+from deid_tools.recipes import Recipe
 from deid_tools.report import DeidReport, HeldFile, SeriesRecord
 from deid_tools.series import SeriesPlan, plan_series
 from deid_tools.uids import new_uid, pseudonym, series_token
@@ -46,6 +48,7 @@ def deidentify(
     keys: SiteKeys,
     *,
     schema: LabelSchema | None = None,
+    recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> DeidReport:
     """De-identify every DICOM series under a folder, and the label maps that belong to them.
@@ -59,16 +62,19 @@ def deidentify(
         out: Where the result goes: absent, empty, or the output of an earlier run.
         keys: The site's keys for the project; equal keys give equal pseudonyms.
         schema: The label schema; with it, segments may be named by label and values are checked.
+        recipe: What stays of a header; by default the allow-list.
         progress: Called with what is being done, how many are done, and how many there are.
 
     Raises:
-        DataError: The source is empty, or ``out`` holds something else.
+        DataError: The source is empty, ``out`` holds something else, or was made with another key or recipe.
     """
     existing_folder(source, "The source folder")
     check_output(source, out)
-    run = _Run(source, out, HeaderCleaner(keys, schema=schema), schema, progress or (lambda *_: None))
-    start_output(out)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".working-") as working:
+    cleaner = HeaderCleaner(keys, schema=schema, recipe=recipe)
+    check_same_run(out, cleaner.recipe_sha256, keys.id)
+    run = _Run(source, out, cleaner, schema, progress or (lambda *_: None))
+    start_output(out, cleaner.recipe_sha256, keys.id)
+    with quiet_logs(), tempfile.TemporaryDirectory(dir=out, prefix=".working-") as working:
         run.working = Path(working)
         run.admit_all()
         run.images()
@@ -245,6 +251,7 @@ class _Run:
             text.add(pixels)
         save_clean(clean, path)
         originals.add(ds, self.cleaner.kept)
+        originals.harmless(self.cleaner.wrote)
         originals.add_path(instance.path.relative_to(self.source))
         del clean.PixelData
         return clean
@@ -341,7 +348,15 @@ class _Run:
             for s in sorted(self.passed.values(), key=lambda s: s.token)
         )
         return DeidReport(
-            series, tuple(self.held), self.files_seen, self.cleaner.recipe_sha256, TextSearch.state(), _tools()
+            series,
+            tuple(self.held),
+            self.files_seen,
+            self.cleaner.recipe_sha256,
+            TextSearch.state(),
+            _tools(),
+            self.cleaner.recipe.label,
+            self.cleaner.keys.id,
+            dict(self.cleaner.removed),
         )
 
 

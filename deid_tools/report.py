@@ -40,6 +40,9 @@ class DeidReport:
     recipe_sha256: str
     ocr: str
     tools: dict[str, str]
+    recipe: str = "allow-list"
+    key_id: str = ""
+    removed: dict[str, int] = field(default_factory=dict)
 
     @property
     def patients(self) -> int:
@@ -69,6 +72,9 @@ class DeidReport:
             ],
             "quarantined": [{"token": h.token, "reason": h.reason} for h in self.held],
             "reasons": self.reasons(),
+            "recipe": self.recipe,
+            "key_id": self.key_id,
+            "unreadable_values": self.removed,
             "recipe_sha256": self.recipe_sha256,
             "burned_in_text": self.ocr,
             "tools": self.tools,

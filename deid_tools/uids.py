@@ -15,7 +15,8 @@ STANDARD_ROOT = "1.2.840.10008."
 _DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
 
 
-def _mac(key: bytes, *parts: str) -> bytes:
+def keyed_digest(key: bytes, *parts: str) -> bytes:
+    """Return HMAC-SHA256 of the parts, each preceded by its length, so that no two lists of parts collide."""
     message = b"".join(len(p.encode()).to_bytes(4, "big") + p.encode() for p in parts)
     return hmac.new(key, message, hashlib.sha256).digest()
 
@@ -25,7 +26,7 @@ def _token(prefix: str, digest: bytes) -> str:
 
 
 def new_uid(keys: SiteKeys, uid: str) -> str:
-    """Return ``2.25.`` and 128 keyed bits for a UID; those that the standard defines stay.
+    """Return ``2.25.`` and 128 keyed bits for a UID; those that the dictionary lists stay.
 
     One number in forty holds digits that read like a date; the next one is taken instead, so that a
     search for dates in what was written finds only dates.
@@ -33,10 +34,17 @@ def new_uid(keys: SiteKeys, uid: str) -> str:
     Source: PS3.5 B.2 (UUID derived UIDs have at most 39 digits after the root).
     """
     uid = uid.strip(" \0")
-    if uid.startswith(STANDARD_ROOT):
+    if uid.startswith(STANDARD_ROOT) and _is_standard(uid):
         return uid
-    drawn = (_mac(keys.uid, "uid", uid, *([str(n)] if n else [])) for n in count())
+    drawn = (keyed_digest(keys.uid, "uid", uid, *([str(n)] if n else [])) for n in count())
     return next(u for mac in drawn if not _DATE.search(u := f"2.25.{int.from_bytes(mac[:16], 'big')}"))
+
+
+def _is_standard(uid: str) -> bool:
+    """Tell whether the dictionary lists the UID: under the standard's root anybody can write anything."""
+    from pydicom._uid_dict import UID_dictionary
+
+    return uid in UID_dictionary
 
 
 def fresh_uid() -> str:
@@ -46,9 +54,14 @@ def fresh_uid() -> str:
 
 def pseudonym(keys: SiteKeys, issuer: str, patient_id: str) -> str:
     """Return the patient's pseudonym, ``P-`` and 80 keyed bits in base 32."""
-    return _token("P", _mac(keys.pseudonym, "patient", issuer.strip().casefold(), patient_id.strip().casefold()))
+    return _token("P", keyed_digest(keys.pseudonym, "patient", *patient_parts(issuer, patient_id)))
+
+
+def patient_parts(issuer: str, patient_id: str) -> tuple[str, str]:
+    """Return what makes a patient one and the same: issuer and ID without case and outer blanks."""
+    return issuer.strip().casefold(), patient_id.strip().casefold()
 
 
 def series_token(keys: SiteKeys, series_uid: str) -> str:
     """Return the folder name of a series, ``S-`` and 80 keyed bits in base 32."""
-    return _token("S", _mac(keys.pseudonym, "series", series_uid.strip(" \0")))
+    return _token("S", keyed_digest(keys.pseudonym, "series", series_uid.strip(" \0")))

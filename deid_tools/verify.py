@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.originals import Originals
+from deid_tools.verify_options import METHODS, WRITTEN, codes_of, extra_tags, passes
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -21,31 +22,37 @@ def _tags(text: str) -> frozenset[str]:
 
 
 _TOP = _tags(
-    """00080005 00080008 00080016 00080018 00080020 00080021 00080022 00080023 00080030 00080031 00080032 00080033
-    00080050 00080060 00080070 00080090 00081090 00100010 00100020 00100030 00100040 00120062 00120063
-    00120064 00180020 00180021 00180022 00180023 00180050 00180060 00180080 00180081 00180082 00180086 00180087
-    00180088 00180091 00181000 00181020 00181120 00181181 00181242 00181314 00185100 00189087 0020000D 0020000E
-    00200010 00200011 00200012 00200013 00200032 00200037 00200052 00200060 00200100 00201040 00209221 00209222
-    00280002 00280004 00280008 00280010 00280011 00280030 00280051 00280100 00280101 00280102 00280103 00280120
-    00280303 00281050 00281051 00281052 00281053 00281054 00282110 00540016 00540081 00540410 00540414 00541000
-    00541001 00541002 00541006 00541102 00541300 00541330 00620001 00620002 00620010 0062000E 00620013 00700080
-    00700081 00700084 52009229 52009230 7FE00010"""
+    """00080005 00080008 00080016 00080018 00080020 00080021 00080022 00080023 0008002A 00080030 00080031 00080032
+    00080033 00080050 00080060 00080070 00080090 00081090 00081115 00089205 00089206 00089207 00089208 00089209
+    00100010 00100020 00100030 00100040 00120062 00120063 00120064 00180020 00180021 00180022 00180023 00180050
+    00180060 00180080 00180081 00180082 00180086 00180087 00180088 00180091 00181000 00181020 00181120 00181181
+    00181242 00181314 00185100 00189004 00189005 00189008 00189011 00189012 00189014 00189015 00189017 00189018
+    00189024 00189025 00189029 00189032 00189033 00189034 00189064 00189073 00189087 00189093 00189094 00189100
+    00189174 0020000D 0020000E 00200010 00200011 00200012 00200013 00200032 00200037 00200052 00200060 00200100
+    00201040 00209221 00209222 00280002 00280004 00280008 00280010 00280011 00280030 00280051 00280100 00280101
+    00280102 00280103 00280120 00280301 00280303 00281050 00281051 00281052 00281053 00281054 00282110 00400555
+    00540016 00540081 00540410 00540414 00541000 00541001 00541002 00541006 00541102 00541300 00541330 00620001
+    00620002 0062000E 00620010 00620013 00700080 00700081 00700084 20500020 52009229 52009230 7FE00010"""
 )
 _NESTED = _tags(
-    """00080100 00080102 00080104 00180050 00180088 00189082 00189087 00189114 00189117
-    0020000E 00200032 00200037 00209057 00209111 00209113 00209116 00209128 00209157 00209164 00209165 00209167
-    00280030 00281052 00281053 00289110 00289145 00620003 00620004 00620005 00620008 00620009 0062000A 0062000B
-    0062000F"""
+    """00080100 00080102 00080104 0008114A 00081150 00081155 00081160 00082112 00082218 00089007 00089124 00089205
+    00089206 00089207 00089208 00089209 00089215 00180050 00180080 00180083 00180088 00180091 00180093 00180094
+    00180095 00181250 00181251 00181312 00181314 00189006 00189009 00189010 00189016 00189020 00189021 00189022
+    00189026 00189027 00189028 00189036 00189041 00189042 00189043 00189044 00189045 00189047 00189048 00189049
+    00189050 00189051 00189058 00189069 00189074 00189075 00189077 00189078 00189079 00189081 00189082 00189087
+    00189098 00189112 00189114 00189115 00189117 00189119 00189125 00189151 00189155 00189168 00189176 00189177
+    00189178 00189179 00189180 00189181 00189182 00189183 00189220 00189226 00189231 00189232 00189239 00189240
+    00189241 0020000E 00200032 00200037 00209056 00209057 00209071 00209072 00209111 00209113 00209116 00209128
+    00209156 00209157 00209164 00209165 00209167 00280030 00281050 00281051 00281052 00281053 00281054 00289110
+    00289132 00289145 0040A170 00620003 00620004 00620005 00620008 00620009 0062000A 0062000B 0062000F"""
 )
 _META = _tags("00020000 00020001 00020002 00020003 00020010 00020012 00020013")
 _PSEUDONYM = re.compile(r"P-[A-Z2-7]{16}")
 _TOKEN = re.compile(r"S-[A-Z2-7]{16}")
 _FILE_NAME = re.compile(r"(seg-)?\d{4,12}\.dcm|labels(-\d+)?\.nii\.gz")
 _UID = re.compile(r"2\.25\.\d{1,39}|1\.2\.840\.10008\.[0-9.]+")
-_DUMMIES = ("", "19000101", "000000")
-_FIXED_TEXT = frozenset(
-    ("", "not stated", "SEGMENTATION", "medlsdm allow-list; PS3.15 basic profile", "ISO_IR 192", "HU", "US", "OD")
-)
+_DUMMIES = ("", "19000101", "000000", "19000101000000")
+_FIXED_TEXT = frozenset(("", "not stated", "SEGMENTATION", *METHODS, "ISO_IR 192", "HU", "US", "OD"))
 _CODED = ("CodeMeaning", "CodeValue", "CodingSchemeDesignator", "SegmentLabel", "ImplementationVersionName")
 _NET = (
     ("a date", re.compile(r"(?<!\d)(19|20)\d\d([-./]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")),
@@ -53,9 +60,10 @@ _NET = (
     ("an e-mail address", re.compile(r"[\w.+-]+@[\w-]+\.\w+")),
     ("a telephone or record number", re.compile(r"\+?\d[\d ()/-]{5,}\d")),
 )
+_STACK = re.compile(r"\d{1,4}")
 _SIGNED_OFF = ("PatientIdentityRemoved", "DeidentificationMethod", "LongitudinalTemporalInformationModified")
 HARMLESS = (
-    "medlsdm allow-list; PS3.15 basic profile",
+    *WRITTEN,
     "Basic Application Confidentiality Profile",
     "SEGMENTATION",
     "not stated",
@@ -132,7 +140,7 @@ def _check_dicom(path: Path, originals: Originals | None) -> list[str]:
         warnings.simplefilter("ignore")
         ds = pydicom.dcmread(path)
         problems += _walk(ds.file_meta, _META)
-        problems += _walk(ds, _TOP)
+        problems += _walk(ds, _TOP | extra_tags(ds), codes_of(ds))
         problems += _check_stamps(ds)
     tags = list(ds.keys())
     if not tags or tags[-1] != 0x7FE00010:
@@ -148,13 +156,13 @@ def _check_dicom(path: Path, originals: Originals | None) -> list[str]:
     return sorted(set(problems))
 
 
-def _walk(ds: Dataset, allowed: frozenset[str]) -> Iterable[str]:
+def _walk(ds: Dataset, allowed: frozenset[str], codes: frozenset[str] = frozenset()) -> Iterable[str]:
     for element in ds:
         if f"{int(element.tag):08X}" not in allowed:
             yield "an element that is not on the verifier's list"
         elif element.VR == "SQ":
             for item in element.value:
-                yield from _walk(item, _NESTED)
+                yield from _walk(item, _NESTED, codes)
         elif element.VR in ("OB", "OW", "UN", "LT", "ST", "UT", "UC", "UR") and element.keyword not in (
             "PixelData",
             "FileMetaInformationVersion",
@@ -162,7 +170,9 @@ def _walk(ds: Dataset, allowed: frozenset[str]) -> Iterable[str]:
             yield "an element of a kind that can hold anything"
         else:
             for value in element.value if element.VM > 1 else [element.value]:
-                yield from _check_value(element, "" if value is None else str(value))
+                text = "" if value is None else str(value)
+                if not passes(element, text, codes):
+                    yield from _check_value(element, text)
 
 
 def _check_value(element: Any, text: str) -> Iterable[str]:
@@ -172,9 +182,11 @@ def _check_value(element: Any, text: str) -> Iterable[str]:
     elif vr == "PN" or keyword == "PatientID":
         if text and not _PSEUDONYM.fullmatch(text):
             yield "a name or an ID that is not a pseudonym"
+    elif vr == "AS" and text:
+        yield "an age"
     elif vr in ("DA", "TM", "DT") and text not in _DUMMIES:
         yield "a date or a time"
-    elif vr in ("LO", "SH") and keyword not in _CODED and text not in _FIXED_TEXT:
+    elif vr in ("LO", "SH") and keyword not in _CODED and text not in _FIXED_TEXT and not _STACK.fullmatch(text):
         yield "free text"
     if vr in ("LO", "SH", "CS", "PN") and keyword not in (
         "CodeValue",

@@ -101,3 +101,43 @@ def test_a_series_with_a_name_in_its_pixels_is_held(tmp_path):
     report = deidentify(source, tmp_path / "out", KEYS)
     assert report.series == ()
     assert report.reasons() == {"text seems to be burned into its pixels": 28}
+
+
+def first_of_each_series(folder: Path) -> list[Path]:
+    """Return one admitted file of every real series."""
+    from deid_tools.admit import Refusal, admit
+
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        try:
+            found.setdefault(admit(path).series_uid, path)
+        except Refusal:
+            continue
+    return list(found.values())
+
+
+@pytest.mark.real_data
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("recipe", ["allow-list", "basic"])
+def test_no_real_series_gets_an_error_that_it_did_not_have(tmp_path, recipe):
+    need("dciodvfy")
+    if not DATA.is_dir():
+        pytest.skip("the real data folder is not beside the checkout")
+    from deid_tools.admit import read_strict
+    from deid_tools.headers import HeaderCleaner
+    from deid_tools.modules import save_clean
+    from deid_tools.pixels import take_pixels
+    from deid_tools.recipes import Option, load_recipe
+
+    cleaner = HeaderCleaner(KEYS, recipe=load_recipe(recipe, Option if recipe == "basic" else ()))
+    series = first_of_each_series(DATA)
+    assert len(series) >= 10
+    new = {}
+    for n, path in enumerate(series):
+        ds = read_strict(path)
+        clean = cleaner.clean(ds)
+        clean.InstanceNumber = 1
+        take_pixels(ds, clean)
+        save_clean(clean, tmp_path / f"{n}.dcm")
+        new[path.parent.name] = sorted(set(errors(tmp_path / f"{n}.dcm")) - set(errors(path)))
+    assert not any(new.values()), new

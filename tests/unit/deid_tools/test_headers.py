@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pydicom
 import pytest
 
 from deid_tools.admit import Refusal, read_strict
-from deid_tools.headers import HeaderCleaner, default_recipe
+from deid_tools.config_files import deid_folder
+from deid_tools.headers import HeaderCleaner
+from deid_tools.recipes import load_recipe
 from medlsdm.errors import ConfigError
 
 
@@ -20,20 +20,29 @@ from medlsdm.errors import ConfigError
         "KEEP PatientNamee",
         "BLANK PatientID",
         "KEEP PatientID",
+        "KEEP StudyDescription",
+        "KEEP BurnedInAnnotation",
+        'KEEP (0029,"EXAMPLE IMAGING 1.0",10)',
+        'KEEP (0019,"SIEMENS MR HEADER",0D)',
+        "REPLACE StudyDate func:keyed_uid",
+        "REPLACE StudyInstanceUID func:shift",
+        "ADD PatientComments hello",
+        "REMOVE PatientComments",
+        "%filter graylist",
     ],
 )
 def test_a_recipe_that_would_fail_open_is_refused_when_it_is_loaded(tmp_path, keys, line):
     recipe = tmp_path / "bad.dicom"
-    recipe.write_text(default_recipe().read_text() + line + "\n")
+    recipe.write_text((deid_folder() / "allow-list.dicom").read_text() + line + "\n")
     with pytest.raises(ConfigError, match="not safe"):
-        HeaderCleaner(keys, recipe=recipe)
+        load_recipe(recipe)
 
 
 def test_a_recipe_without_remove_all_is_refused(tmp_path, keys):
     recipe = tmp_path / "bad.dicom"
-    recipe.write_text(default_recipe().read_text().replace("REMOVE ALL\n", ""))
+    recipe.write_text((deid_folder() / "allow-list.dicom").read_text().replace("REMOVE ALL\n", ""))
     with pytest.raises(ConfigError, match="REMOVE ALL"):
-        HeaderCleaner(keys, recipe=recipe)
+        load_recipe(recipe)
 
 
 def first_image(study) -> pydicom.FileDataset:
@@ -68,7 +77,7 @@ def test_an_unknown_code_string_does_not_pass(study, keys):
 
 def test_an_engine_that_leaves_the_id_in_place_is_a_refusal(study, keys, monkeypatch):
     cleaner = HeaderCleaner(keys)
-    monkeypatch.setattr(cleaner, "_run", lambda flat, patient: flat)
+    monkeypatch.setattr(cleaner, "_run", lambda flat, transforms: flat)
     with pytest.raises(Refusal, match="engine left"):
         cleaner.clean(first_image(study))
 
@@ -84,8 +93,3 @@ def test_an_engine_that_warns_is_a_refusal(study, keys, monkeypatch):
     monkeypatch.setattr(cleaner._parser, "parse", noisy)
     with pytest.raises(Refusal, match="engine warned"):
         cleaner.clean(first_image(study))
-
-
-def test_the_recipe_comes_with_the_package():
-    assert default_recipe().is_file()
-    assert Path(default_recipe()).parent.parent.name == "deid_tools"
