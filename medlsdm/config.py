@@ -20,7 +20,7 @@ Size = tuple[Positive, Positive, Positive]
 Spacing = tuple[float, float, float]
 
 HEAD_WIDTH = 32
-"""Channels of one head of attention; ``medlsdm.models.attention`` has the same figure."""
+"""Channels of one head of attention."""
 
 LARGEST_SCALE = 1e6
 

@@ -55,12 +55,13 @@ def resident_bytes() -> int:
     """Return how much memory this process holds, free heap given back; a guess where the system does not tell."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS") or 300 * MIB
+    return _kilobytes("/proc/self/status", "VmRSS") or 300 * MIB
 
 
-def _status(key: str) -> int | None:
+def _kilobytes(path: str, key: str) -> int | None:
+    """Return a figure of ``/proc`` in bytes, or None where there is none."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines()
+        lines = Path(path).read_text(encoding="ascii", errors="ignore").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
@@ -71,16 +72,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    found = [_meminfo("MemAvailable"), *_group_limits()]
+    found = [_kilobytes("/proc/meminfo", "MemAvailable"), *_group_limits()]
     return min((n for n in found if n is not None), default=4 * 1024 * MIB)
-
-
-def _meminfo(key: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="ignore").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
 
 
 def _group_limits() -> Iterator[int]:
@@ -172,7 +165,7 @@ def _start_peak(device: torch.device) -> int | None:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") or 0
+    return _kilobytes("/proc/self/status", "VmHWM") or 0
 
 
 @dataclass(frozen=True, slots=True)

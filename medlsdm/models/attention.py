@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medlsdm.config import HEAD_WIDTH
 from medlsdm.models.layers import ChannelNorm, conv
-
-HEAD_WIDTH = 32
 
 
 class Attention(nn.Module):
