@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.originals import Originals
+from deid_tools.quiet import quiet_logs
 from deid_tools.verify_options import METHODS, WRITTEN, codes_of, extra_tags, passes
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def verify_folder(folder: Path) -> list[Finding]:
         if path.is_symlink() or not _known_place(relative):
             findings.append(Finding(_shown(relative), "a file that this program does not write"))
             continue
-        findings += [Finding(relative.as_posix(), reason) for reason in check_file(path)]
+        with quiet_logs():
+            findings += [Finding(relative.as_posix(), reason) for reason in check_file(path)]
     return findings
 
 

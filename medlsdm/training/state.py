@@ -36,8 +36,8 @@ def state_bytes(parts: Mapping[str, Stateful], notes: dict[str, Any]) -> bytes:
 
 
 def write_state(path: Path, parts: Mapping[str, Stateful], notes: dict[str, Any]) -> None:
-    """Write ``state_bytes`` so that a reader sees the old file or the new one, never half."""
-    write_atomic(path, state_bytes(parts, notes))
+    """Write ``state_bytes``, for its owner alone, so that a reader sees the old file or the new one, never half."""
+    write_atomic(path, state_bytes(parts, notes), mode=0o600)
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -230,6 +232,23 @@ def test_a_nifti_label_map_on_another_grid_is_held(study, tmp_path, keys):
     assert any("not a label map" in r for r in reasons)
 
 
+@pytest.mark.parametrize("spoil", ["spacing", "colours", "cut"])
+def test_the_name_of_a_label_map_that_is_held_is_told_to_nobody(study, tmp_path, keys, spoil):
+    bad = study.source / "DOE^JANE_1234567.nii.gz"
+    kind = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]) if spoil == "colours" else np.dtype("u1")
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), kind), np.eye(4))
+    image.set_sform(None, 0)
+    if spoil == "spacing":
+        image.header["pixdim"][1:4] = 0
+    content = image.to_bytes()
+    bad.write_bytes(gzip.compress(content[:400] if spoil == "cut" else content))
+    report = deidentify(study.source, tmp_path / "out", keys)
+    assert any(held.path.name == bad.name for held in report.held)
+    told = json.dumps(report.to_json()) + (tmp_path / "out" / "report.json").read_text()
+    assert "DOE" not in told
+    assert "1234567" not in told
+
+
 def test_two_label_maps_for_one_scan_are_refused(study, tmp_path, keys, schema):
     write_nifti(study.source / "second.nii.gz", study.labels.array, study.labels.geometry)
     run(study, tmp_path, keys)
@@ -247,6 +266,18 @@ def test_a_schema_that_does_not_know_the_segments_says_so_without_free_text(stud
     assert pair.labels is None
     assert "1 of 2 segments" in pair.reason
     assert "Geschw" not in pair.reason
+
+
+def test_verify_says_nothing_of_the_values_that_it_finds(study, tmp_path, keys, caplog, capfd):
+    run(study, tmp_path, keys)
+    path = next((tmp_path / "out").rglob("0001.dcm"))
+    ds = pydicom.dcmread(path)
+    ds.HeartRate = "60"
+    ds["HeartRate"]._value = "DOE JANE"
+    ds.save_as(path)
+    caplog.clear()
+    assert verify_folder(tmp_path / "out")
+    assert "DOE" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_verify_finds_what_was_put_into_an_output_later(study, tmp_path, keys):

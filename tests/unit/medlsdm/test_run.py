@@ -286,6 +286,7 @@ def test_without_pictures_none_are_saved_though_patients_are_held_out(tmp_path, 
 def test_pictures_of_patients_are_for_their_owner_alone(tmp_path, preset, data):
     TrainingRun(tmp_path, short(preset, 1, 0), data, seed=0).train()
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "pictures").iterdir()} == {0o600}
+    assert (tmp_path / RESUME).stat().st_mode & 0o777 == 0o600
 
 
 def test_fine_tuning_without_stage_2_keeps_the_denoiser(tmp_path, preset, data):
