@@ -4,14 +4,19 @@
 # make bench-model DATA=DIR  how good the preset tiny's pictures are, three seeds (an hour on two cores)
 # make bench-speed     steps and sampling against the published networks and MONAI's (pip install -e '.[bench]')
 # make bench-large     time and peak memory of large volumes within a budget (ten minutes of one core)
+# make bench-deid     planted identifiers, ten classes beside plain deid, slices a second (DATA=DIR: DICOM series)
+# make fuzz-deid      five thousand mutated real files through the de-identification (CASES=N, SEED=N)
+# make bench-geometry DATA=DIR  our volumes against dcm2niix's, series by series (docs/deid-geometry.md)
 # make test-peers      Debian's DICOM tools that some tests compare with (needs root)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 PLAN ?=
+CASES ?= 5000
+SEED ?= 1
 
-.PHONY: demo test check lint types unit bench-gate bench-large bench-speed test-peers clean
+.PHONY: demo test check lint types unit bench-deid fuzz-deid bench-gate bench-geometry bench-large bench-speed test-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +44,15 @@ unit: $(VENV)/installed
 
 bench-gate: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/copy_gate.py $(DATA)
+
+bench-deid: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/score_deid.py $(if $(DATA),'$(DATA)') --json runs/bench-deid.json
+
+fuzz-deid: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/fuzz_deid.py $(if $(DATA),'$(DATA)') --cases $(CASES) --seed $(SEED)
+
+bench-geometry: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/geometry.py '$(DATA)' --write docs/deid-geometry.md
 
 bench-speed: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/speed.py --json runs/bench-speed.json

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deid_tools.references import References, references
+
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset, FileDataset
+
+    from deid_tools.moments import Moment
 
 MAX_FILES = 200_000
 MAX_FILE_BYTES = 4 * 1024**3
@@ -33,17 +37,18 @@ _ENHANCED = {
     "1.2.840.10008.5.1.4.1.1.128.1": "PT",
 }
 _SEGMENTATION = {"1.2.840.10008.5.1.4.1.1.66.4": "SEG", "1.2.840.10008.5.1.4.1.1.66.7": "SEG"}
+_LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
+_STRUCTURES = {"1.2.840.10008.5.1.4.1.1.481.3": "RTSTRUCT"}
 IMAGE_CLASSES = _CLASSIC | _ENHANCED
-ADMITTED = IMAGE_CLASSES | _SEGMENTATION
+ADMITTED = IMAGE_CLASSES | _SEGMENTATION | _STRUCTURES
 
 _REASONS = {
     "1.2.840.10008.1.3.10": "a DICOMDIR index is not an image; it is rebuilt, never copied",
-    "1.2.840.10008.5.1.4.1.1.481.3": "RT structure sets are not supported yet; export the contours as DICOM SEG",
     "1.2.840.10008.5.1.4.1.1.7": "secondary captures often carry text in their pixels",
     "1.2.840.10008.5.1.4.1.1.1": "a plain radiograph is not a volume",
     "1.2.840.10008.5.1.4.1.1.104.1": "an encapsulated PDF holds free text",
 }
-_REASON_OTHER = "this kind of DICOM object is not on the list of admitted ones (CT, MR, PET, SEG)"
+_REASON_OTHER = "this kind of DICOM object is not on the list of admitted ones (CT, MR, PET, SEG, RTSTRUCT)"
 _BAD_IMAGE_TYPES = {
     "LOCALIZER": "a localizer is not part of a volume",
     "SCREEN SAVE": "a screen save may carry text in its pixels",
@@ -63,6 +68,9 @@ _SYNTAXES = {
     "1.2.840.10008.1.2.4.90": "compressed",
     "1.2.840.10008.1.2.4.91": "compressed",
 }
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+DAMAGED = "its header is damaged: a value that is needed is missing or malformed"
+_UNSUPPORTED = "its transfer syntax is not supported (deflated, big endian, video or unknown)"
 
 
 class Refusal(Exception):
@@ -86,12 +94,19 @@ class Instance:
     issuer: str
     patient_id: str
     frame_of_reference: str
-    referenced_series: tuple[str, ...]
+    refers_to: References | None
+    compressed: bool = False
+    moment: Moment | None = None
 
     @property
     def is_segmentation(self) -> bool:
-        """Tell whether this is a label object."""
+        """Tell whether this is a segmentation."""
         return self.sop_class in _SEGMENTATION
+
+    @property
+    def is_structure_set(self) -> bool:
+        """Tell whether this is an RT structure set."""
+        return self.sop_class in _STRUCTURES
 
 
 def read_strict(path: Path, *, headers_only: bool = False) -> FileDataset:
@@ -102,6 +117,7 @@ def read_strict(path: Path, *, headers_only: bool = False) -> FileDataset:
     """
     import pydicom
     from pydicom.errors import InvalidDicomError
+    from pydicom.filereader import read_file_meta_info
 
     size = path.stat().st_size
     if size == 0:
@@ -111,6 +127,8 @@ def read_strict(path: Path, *, headers_only: bool = False) -> FileDataset:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if str(read_file_meta_info(path).get("TransferSyntaxUID", "")) == _DEFLATED:
+                raise Refusal(_UNSUPPORTED)  # it would be inflated whole, however large, before anything is checked
             ds = pydicom.dcmread(path, stop_before_pixels=headers_only)
             _check_size(ds, 0, [0])
     except InvalidDicomError:
@@ -149,12 +167,25 @@ def admit(path: Path) -> Instance:
     try:
         return _admit(path, ds)
     except Refusal as refusal:
-        if _text(ds, "SOPClassUID") in ADMITTED:
-            refusal.series_uid = _text(ds, "SeriesInstanceUID")
+        refusal.series_uid = _series_of(ds)
         raise
+    except Exception:
+        refusal = Refusal(DAMAGED)
+        refusal.series_uid = _series_of(ds)
+        raise refusal from None
+
+
+def _series_of(ds: Dataset) -> str:
+    """Return the series that a refused image would have belonged to, where that can be read."""
+    try:
+        return _text(ds, "SeriesInstanceUID") if _text(ds, "SOPClassUID") in ADMITTED else ""
+    except Exception:
+        return ""
 
 
 def _admit(path: Path, ds: Dataset) -> Instance:
+    from deid_tools.moments import moment
+
     meta = getattr(ds, "file_meta", {})
     declared = str(meta.get("MediaStorageSOPClassUID", ""))
     if declared == "1.2.840.10008.1.3.10":
@@ -170,7 +201,7 @@ def _admit(path: Path, ds: Dataset) -> Instance:
     missing = [k for k in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID") if not _text(ds, k)]
     if missing:
         raise Refusal(f"{missing[0]} is missing")
-    referenced = tuple(_text(item, "SeriesInstanceUID") for item in ds.get("ReferencedSeriesSequence", None) or ())
+    found = references(ds) if sop_class not in IMAGE_CLASSES else None
     return Instance(
         path,
         sop_class,
@@ -179,8 +210,10 @@ def _admit(path: Path, ds: Dataset) -> Instance:
         _text(ds, "SeriesInstanceUID"),
         _text(ds, "IssuerOfPatientID"),
         _text(ds, "PatientID"),
-        _text(ds, "FrameOfReferenceUID"),
-        referenced,
+        found.frame_of_reference if found else _text(ds, "FrameOfReferenceUID"),
+        found,
+        compressed=_SYNTAXES[str(meta["TransferSyntaxUID"].value)] == "compressed",
+        moment=moment(ds) if sop_class in IMAGE_CLASSES else None,
     )
 
 
@@ -191,11 +224,15 @@ def _text(ds: Dataset, keyword: str) -> str:
 
 def _check_image(ds: Dataset, syntax: str) -> None:
     if syntax not in _SYNTAXES:
-        raise Refusal("its transfer syntax is not supported (big endian, video or unknown)")
+        raise Refusal(_UNSUPPORTED)
     if _text(ds, "BurnedInAnnotation").upper() == "YES":
         raise Refusal("its own header says that text is burned into the pixels")
     if _text(ds, "SOPClassUID") in IMAGE_CLASSES and _text(ds, "Modality") != IMAGE_CLASSES[_text(ds, "SOPClassUID")]:
         raise Refusal("its modality does not go with its SOP class")
+    if _text(ds, "SOPClassUID") in _STRUCTURES:
+        return
+    if "ModalityLUTSequence" in ds:
+        raise Refusal("its values pass through a lookup table, which is not supported")
     kinds = ds.get("ImageType", None) or []
     for kind in [kinds] if isinstance(kinds, str) else kinds:
         if str(kind).upper() in _BAD_IMAGE_TYPES:
@@ -206,7 +243,8 @@ def _check_image(ds: Dataset, syntax: str) -> None:
         samples, photometric = int(ds.SamplesPerPixel), _text(ds, "PhotometricInterpretation")
     except (AttributeError, TypeError, ValueError):
         raise Refusal("it has no pixel grid (rows, columns or bits are missing)") from None
-    if samples != 1 or photometric != "MONOCHROME2":
+    grey = ("MONOCHROME2", "PALETTE COLOR") if _text(ds, "SOPClassUID") == _LABEL_MAP else ("MONOCHROME2",)
+    if samples != 1 or photometric not in grey:
         raise Refusal("its pixels are in colour or inverted")
     if frame_bits <= 0 or frames <= 0 or frame_bits * frames / 8 > MAX_FRAME_BYTES:
         raise Refusal("its pixels would take more than 8 GiB, or none")

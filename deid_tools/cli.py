@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from medlsdm.errors import ConfigError, DataError, QuarantineError
+from medlsdm.errors import ConfigError, DataError, QuarantineError, UsageError
 from medlsdm.terminal import print_json
 from medlsdm.terminal import run as run_app
 
@@ -67,6 +67,10 @@ def load_master_key(path: Path) -> bytes:
     return key
 
 
+def _default_workers() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
 @app.command("run")
 def run_command(
     source: Path = typer.Argument(..., metavar="IN", help="The folder with DICOM files, searched through."),
@@ -82,20 +86,33 @@ def run_command(
         help="With basic, again for each: modified-dates, patient-characteristics, age-bands, clean-descriptors, "
         "safe-private.",
     ),
+    workers: int = typer.Option(_default_workers(), min=1, help="How many processes share the files of a series."),
+    text: str = typer.Option("blank", help="Burned-in text: 'blank' it, or 'quarantine' the series."),
+    keep_faces: bool = typer.Option(False, "--keep-faces", help="Leave faces in head scans as they are."),
+    device_rules: Path | None = typer.Option(None, help="The site's own device rules (YAML)."),
+    face_pictures: Path | None = typer.Option(
+        None, help="Write pictures of each face before and after to this folder; keep it inside the hospital."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """De-identify every series under IN into OUT, and say what is held and why."""
     from deid_tools.keys import SiteKeys
     from deid_tools.pipeline import deidentify
     from deid_tools.recipes import load_recipe
+    from deid_tools.treatment import PixelPolicy
 
     if not source.is_dir():
         raise DataError("The source is not a folder.", "Check the path.")
+    if face_pictures and (face_pictures.resolve() == out.resolve() or out.resolve() in face_pictures.resolve().parents):
+        raise UsageError("Pictures of faces may not lie in the output.", "Give --face-pictures another folder.")
+    policy = PixelPolicy(text, not keep_faces, device_rules, face_pictures)
     names = _load_schema(schema) if schema else None
     rules = load_recipe(recipe, option)
     keys: SiteKeys = SiteKeys.derive(load_master_key(key or default_key_file()), project)
     with _progress() as progress:
-        report = deidentify(source, out, keys, schema=names, recipe=rules, progress=progress)
+        report = deidentify(
+            source, out, keys, schema=names, recipe=rules, policy=policy, progress=progress, workers=workers
+        )
     if json and report.series:
         print_json(report.to_json())
     elif not json:
@@ -107,24 +124,47 @@ def run_command(
 
 @app.command()
 def verify(
-    folder: Path = typer.Argument(..., metavar="DIR", help="An output folder of 'run'."),
+    folder: Path = typer.Argument(..., metavar="DIR", help="An output folder of 'run', or any other."),
+    quick: bool = typer.Option(False, "--quick", help="Leave out the search for burned-in text, and dciodvfy."),
     json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
 ) -> None:
-    """Check every file of an output folder with lists of its own; exit 10 if something is found."""
+    """Check every file of any folder with a reader and lists of its own; exit 10 if something is found."""
     from deid_tools.verify import verify_folder
     from medlsdm.checks import existing_folder
 
-    findings = verify_folder(existing_folder(folder, "The folder"))
+    findings = verify_folder(existing_folder(folder, "The folder"), whole_series=not quick)
     if json:
-        print_json({"clean": not findings, "findings": [{"file": f.file, "reason": f.reason} for f in findings]})
+        said = [{"file": f.file, "reason": f.reason, "where": f.where} for f in findings]
+        print_json({"clean": not findings, "findings": said})
     else:
         for finding in findings:
-            print(f"{finding.file}: {finding.reason}")
+            print(finding.line())
         print("clean" if not findings else f"{len(findings)} findings")
     if findings:
         if json:
             raise typer.Exit(QuarantineError.exit_status)
         raise QuarantineError(f"{len(findings)} findings.", "Do not use these files; de-identify the originals again.")
+
+
+@app.command()
+def names(
+    folder: Path = typer.Argument(..., metavar="IN", help="A folder with DICOM SEG or RTSTRUCT files."),
+    schema: Path | None = typer.Option(None, help="A label schema (YAML or JSON) to look the names up in."),
+    json: bool = typer.Option(False, "--json", help="Print the names as JSON."),
+) -> None:
+    """List what the segments and structures under IN are called, for the schema's aliases. May show anything."""
+    from dataclasses import asdict
+
+    from deid_tools.names import list_names
+    from medlsdm.checks import existing_folder
+
+    rows = list_names(existing_folder(folder, "The folder"), _load_schema(schema) if schema else None)
+    if json:
+        print_json([asdict(row) for row in rows])
+        return
+    for row in rows:
+        print(f"{row.count:>5}  {row.name!r}  {row.code or '-'}  ->  {row.becomes or 'unknown'}")
+    print(f"{len(rows)} names, {sum(not row.becomes for row in rows)} unknown")
 
 
 def _load_schema(path: Path) -> LabelSchema:
@@ -142,6 +182,11 @@ def _print_report(report: DeidReport) -> None:
     images = sum(s.images for s in report.series)
     print(f"{len(report.series)} series of {report.patients} patients passed: {images} images,", end=" ")
     print(f"{sum(s.labels for s in report.series)} label maps; {len(report.held)} of {report.files_seen} files held")
+    boxes, faces = (
+        sum(s.pixels.text_boxes for s in report.series),
+        sum(s.pixels.face == "removed" for s in report.series),
+    )
+    print(f"{boxes} boxes of burned-in text blanked, {faces} faces removed")
     for reason, count in report.reasons().items():
         print(f"  held {count:>5}  {reason}")
     for what, count in report.removed.items():

@@ -51,6 +51,8 @@ _FRAME: Tree = {
         "FrameType PixelPresentation VolumetricProperties VolumeBasedCalculationTechnique ComplexImageComponent "
         "AcquisitionContrast"
     ),
+    "CTImageFrameTypeSequence": _leaves("FrameType"),
+    "PETFrameTypeSequence": _leaves("FrameType"),
     "MRTimingAndRelatedParametersSequence": {
         **_leaves(
             "RepetitionTime FlipAngle EchoTrainLength RFEchoTrainLength GradientEchoTrainLength GradientOutputType "

@@ -8,14 +8,10 @@ element with what it should be before anything is built from it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import re
-import tempfile
-import warnings
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.admit import ADMITTED, IMAGE_CLASSES, Refusal
@@ -26,15 +22,27 @@ from deid_tools.nested import segment_words
 from deid_tools.private import take_private
 from deid_tools.recipes import NUMBERS, Recipe, load_recipe
 from deid_tools.terms import TERMS
-from deid_tools.transforms import Transforms
+from deid_tools.transforms import Transforms, as_text
 from medlsdm.errors import ConfigError
 from medlsdm.types import LabelSchema
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+_MOST_REMEMBERED = 4096
 _FAILED = "the header could not be de-identified"
 _DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """Hold what became of one element: its new VR and value, or none; and what of it may stand in its original."""
+
+    tag: Any
+    vr: str = ""
+    value: Any = None
+    wrote: frozenset[str] = frozenset()
+    removed: Counter[str] = field(default_factory=Counter)
 
 
 class HeaderCleaner:
@@ -49,8 +57,6 @@ class HeaderCleaner:
         removed: How many values were removed because they could not be read, by kind.
         wrote: What the last result holds that also stands in its original, and may: cleaned words, times.
 
-    Raises:
-        ConfigError: The engine reads the recipe differently.
     """
 
     def __init__(self, keys: SiteKeys, *, schema: LabelSchema | None = None, recipe: Recipe | None = None) -> None:
@@ -65,13 +71,8 @@ class HeaderCleaner:
         minimal = load_recipe()
         self._needed = _tags_of({*minimal.kept, *minimal.replaced})
         self._engine_recipes: dict[frozenset[str], Any] = {}
-        with _engine() as said:
-            from deid.dicom.fields import _get_fields_inner  # pyright: ignore[reportPrivateUsage]
-            from deid.dicom.parser import DicomParser
-
-            self._parser, self._forget = DicomParser, _get_fields_inner.cache_clear
-            self._recipe = _engine_recipe(self.recipe.text)
-        _check_same(self._recipe, self.recipe, said.getvalue())
+        self._recipe: Any = None
+        self._done: dict[tuple[Any, ...], _Done] = {}
 
     def clean(self, ds: Dataset) -> Dataset:
         """Return a new dataset with nothing in it but what the recipe allows, without pixel data.
@@ -83,11 +84,12 @@ class HeaderCleaner:
 
         transforms = Transforms(self.keys, ds, words=bool(self.recipe.by("clean_text")))
         self.wrote = set()
-        flat = self._flat(ds)
-        originals = {element.keyword: element.value for element in flat}
         result = Dataset()
-        for element in self._run(flat, transforms):
-            self._take(element, originals, transforms, result)
+        for done in self._elements(self._flat(ds), transforms):
+            if done.vr:
+                result.add_new(done.tag, done.vr, done.value)
+            self.wrote |= done.wrote
+            self.removed.update(done.removed)
         multiframe = ADMITTED[str(ds.SOPClassUID)] == "SEG" or "PerFrameFunctionalGroupsSequence" in ds
         rebuild(ds, result, self.keys, self.schema, multiframe=multiframe)
         if self.recipe.name == "basic":
@@ -96,8 +98,29 @@ class HeaderCleaner:
         complete(result, IMAGE_CLASSES.get(str(ds.SOPClassUID), "SEG"), multiframe=multiframe)
         stamp(result, self.recipe.codes, name=self.recipe.name, dates=self.recipe.shifts_dates)
         self.wrote.update(word for word in segment_words(result) if len(word) > 2)
-        self.removed.update(transforms.removed)
         return result
+
+    def _elements(self, flat: Dataset, transforms: Transforms) -> list[_Done]:
+        """Return what becomes of each element; the engine sees those that it has not seen with this patient before."""
+        from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+
+        if len(self._done) > _MOST_REMEMBERED:
+            self._done.clear()
+        keys = {element.tag: (transforms.scope, element.tag, element.VR, as_text(element.value)) for element in flat}
+        fresh = FileDataset("", {}, file_meta=FileMetaDataset())
+        for tag in (tag for tag, key in keys.items() if key not in self._done):
+            fresh.add(flat[tag])
+        originals = {element.keyword: copy.copy(element.value) for element in fresh}
+        found = {tag: _Done(tag) for tag in fresh.keys()}  # noqa: SIM118
+        for element in self._run(fresh, transforms) if found else ():
+            part, before, self.wrote = Dataset(), Counter(transforms.removed), set()
+            self._take(element, originals, transforms, part)
+            kept = part.get(element.tag)
+            vr, value = (kept.VR, kept.value) if kept is not None else ("", None)
+            found[element.tag] = _Done(element.tag, vr, value, frozenset(self.wrote), transforms.removed - before)
+        self.wrote = set()
+        self._done.update((keys[tag], done) for tag, done in found.items())
+        return [found.get(tag) or self._done[key] for tag, key in keys.items()]
 
     def _flat(self, ds: Dataset) -> Dataset:
         """Copy what the recipe names and nothing else: the rest never reaches the engine."""
@@ -126,9 +149,12 @@ class HeaderCleaner:
             return call
 
         present = frozenset(element.keyword for element in flat)
+        self._start()
+        from deid_tools import engine
+
         try:
-            with _engine() as said:
-                parser = self._parser(flat, recipe=self._for(present), force=False, disable_skip=True)
+            with engine.listening() as said:
+                parser = engine.Parser(flat, recipe=self._for(present), force=False, disable_skip=True)
                 for rule in {*self.replaced.values()}:
                     kind, _, name = rule.partition(":")
                     parser.define(name, transforms.pseudonym if kind == "var" else function(name))
@@ -136,10 +162,25 @@ class HeaderCleaner:
         except (Exception, SystemExit):
             raise Refusal(f"{_FAILED} (the engine failed)") from None
         finally:
-            self._forget()  # else the engine keeps every header it ever saw in memory
+            engine.forget()  # else the engine keeps every header it ever saw in memory
         if said.getvalue().strip():
             raise Refusal(f"{_FAILED} (the engine warned)")
         return parser.dicom
+
+    def _start(self) -> None:
+        """Import the engine and let it read the recipe, when the first header comes.
+
+        Raises:
+            ConfigError: The engine reads the recipe differently.
+        """
+        if self._recipe is not None:
+            return
+        from deid_tools import engine
+
+        with engine.listening() as said:
+            recipe = engine.read_recipe(self.recipe.text)
+        _check_same(recipe, self.recipe, said.getvalue())
+        self._recipe = recipe
 
     def _for(self, present: frozenset[str]) -> Any:
         """Return the engine's recipe without the lines for attributes that this kind of header does not have."""
@@ -171,8 +212,6 @@ class HeaderCleaner:
             raise Refusal("an element is not of the type that the standard gives it")
 
     def _take_replaced(self, element: Any, original: Any, transforms: Transforms, result: Dataset) -> None:
-        from deid_tools.transforms import as_text
-
         rule = self.replaced[element.keyword]
         if not as_text(original):
             return
@@ -224,15 +263,6 @@ def _tags_of(keywords: set[str]) -> frozenset[int]:
     return frozenset(tag for tag in map(tag_for_keyword, keywords) if tag is not None)
 
 
-def _engine_recipe(text: str) -> Any:
-    from deid.config import DeidRecipe
-
-    with tempfile.TemporaryDirectory(prefix="medlsdm-recipe-") as folder:
-        path = Path(folder) / "deid.dicom"
-        path.write_text(text)
-        return DeidRecipe(str(path))
-
-
 def _check_same(engine: Any, recipe: Recipe, said: str) -> None:
     """Raise ConfigError unless the engine read from the recipe what we read."""
     actions = [(a["action"], a["field"], str(a.get("value") or "")) for a in engine.get_actions() or []]
@@ -240,24 +270,3 @@ def _check_same(engine: Any, recipe: Recipe, said: str) -> None:
     ours |= {("REPLACE", k, value) for k, value in recipe.replaced.items()}
     if said.strip() or set(actions) != ours or len(actions) != len(ours):
         raise ConfigError("The de-identification recipe is not safe: the engine reads it differently.")
-
-
-@contextlib.contextmanager
-def _engine() -> Any:
-    """Catch all that the engine prints or warns: it has its own streams, made when it is imported."""
-    from deid.logger import bot
-    from deid.logger.message import WARNING
-
-    said = io.StringIO()
-    state = bot.errorStream, bot.outputStream, bot.level
-    bot.errorStream, bot.outputStream, bot.level = said, said, WARNING
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(said),
-            contextlib.redirect_stderr(said),
-        ):
-            warnings.simplefilter("ignore")
-            yield said
-    finally:
-        bot.errorStream, bot.outputStream, bot.level = state

@@ -1,168 +1,85 @@
-"""Label maps on a scan's grid: DICOM SEG and NIfTI, under one label schema.
+"""Label maps on a scan's grid: NIfTI, and what every source of labels shares, under one label schema.
 
 Nothing is resampled: a label map that does not sit on the scan's voxels is a GeometryError.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deid_tools.nested import match_class
-from deid_tools.series import lps_to_ras
+from deid_tools.nested import code_meaning
 from medlsdm.errors import DataError, GeometryError, SchemaError
 from medlsdm.types import MAX_LABEL, Geometry, LabelSchema, SemanticMap
 from medlsdm.volumes import read_nifti, to_ras
 
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
-
 ON_GRID_VOXELS = 0.05
-FRACTION = 0.5
 
 
-def read_segmentation(
-    ds: Dataset, geometry: Geometry, schema: LabelSchema, *, priority: tuple[str, ...] = ()
-) -> SemanticMap:
-    """Lay a DICOM SEG (BINARY, FRACTIONAL from 0.5, LABELMAP) on a scan's grid.
+class Canvas:
+    """Collect structures on one grid. Two that claim one voxel need a declared priority, else nothing is kept.
 
     Args:
-        ds: The segmentation, with pixels.
-        geometry: The scan's grid.
-        schema: Segments map to its classes by SNOMED code, then by exact name.
-        priority: Class names, the one that wins first; where segments overlap, both must be here.
+        shape: The grid's shape.
+        schema: The label schema; its ``priority`` says which class wins.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], schema: LabelSchema) -> None:
+        self.labels = np.zeros(shape, np.uint16)
+        self._schema = schema
+        self._rank = np.full(MAX_LABEL + 1, -1, np.int32)
+        for rank, name in enumerate(schema.priority):
+            self._rank[[c.id for c in schema.classes if c.name == name]] = rank
+
+    def lay(self, where: tuple[Any, ...], classes: NDArray[np.uint16] | int) -> None:
+        """Give the voxels at ``where`` (an index into the labels) to classes; 0 takes nothing.
+
+        Raises:
+            DataError: A voxel belongs to two classes of which one has no priority.
+        """
+        old = self.labels[where]
+        new = np.broadcast_to(np.asarray(classes, np.uint16), old.shape)
+        clash = (old != 0) & (new != 0) & (old != new)
+        first, second = self._rank[old], self._rank[new]
+        undecided = clash & ((first < 0) | (second < 0))
+        if undecided.any():
+            raise DataError(
+                f"Structures overlap: {self._pair(old, new, undecided)}.",
+                "Name both under 'priority' in the label schema, the winner first, or separate them.",
+            )
+        stay = (new == 0) | (clash & (first < second))
+        self.labels[where] = np.where(stay, old, new)
+
+    def _pair(self, old: NDArray[np.uint16], new: NDArray[np.uint16], where: NDArray[np.bool_]) -> str:
+        one, other = int(old[where][0]), int(new[where][0])
+        return f"{self._schema.by_id(one).name} and {self._schema.by_id(other).name}"
+
+
+def refuse_unknown(unknown: Mapping[int, tuple[str, str]], total: int, schema: LabelSchema) -> None:
+    """Refuse structures that the schema does not know, by number and by what the dictionary calls their code.
+
+    Args:
+        unknown: Number of the structure: its code value and coding scheme ("" if it has none).
+        total: How many structures there are.
+        schema: The schema that they were looked up in.
 
     Raises:
-        SchemaError: Segments are not in the schema.
-        GeometryError: Frames do not sit on the scan's voxels.
-        DataError: Segments overlap, or the pixels cannot be read.
+        SchemaError: There is one; its own words are not quoted, for they may name the patient.
     """
-    classes = _classes(ds, schema)
-    kind = str(ds.SegmentationType)
-    ranks = {cls.id: priority.index(cls.name) for cls in schema.classes if cls.name in priority}
-    labels = np.zeros(geometry.shape, np.uint16)
-    to_index = np.linalg.inv(geometry.affine)
-    for frame, (values, segment) in enumerate(_frames(ds, kind)):
-        chosen = np.argwhere(values)
-        if not len(chosen):
-            continue
-        index = _voxels(ds, frame, chosen, to_index, geometry)
-        if kind == "LABELMAP":
-            present = np.unique(values[values > 0])
-            if any(int(v) not in classes for v in present):
-                raise DataError("The segmentation uses a segment that it does not describe.")
-            lookup = np.zeros(int(present.max()) + 1, np.uint16)
-            lookup[present] = [classes[int(v)] for v in present]
-            new = lookup[values[tuple(chosen.T)]]
-        else:
-            new = np.full(len(chosen), classes[segment], np.uint16)
-        _lay(labels, index, new, ranks)
-    return SemanticMap(labels, geometry, schema)
-
-
-def _classes(ds: Dataset, schema: LabelSchema) -> dict[int, int]:
-    """Map segment numbers to class ids."""
-    classes: dict[int, int] = {}
-    unknown: list[str] = []
-    for segment in ds.SegmentSequence:
-        codes = segment.get("SegmentedPropertyTypeCodeSequence", None) or []
-        value = str(codes[0].get("CodeValue", "")) if codes else ""
-        scheme = str(codes[0].get("CodingSchemeDesignator", "")) if codes else ""
-        found = match_class(schema, value, scheme, str(segment.get("SegmentLabel", "")))
-        if found:
-            classes[int(segment.SegmentNumber)] = found.id
-        else:
-            unknown.append(_public_name(value, scheme))
-    if unknown:
-        raise SchemaError(
-            f"{len(unknown)} of {len(ds.SegmentSequence)} segments are not in the label schema {schema.name!r}"
-            f" ({', '.join(sorted(set(unknown))[:5])}).",
-            "Add them to the label schema or leave them out of the segmentation.",
-        )
-    return classes
-
-
-def _public_name(value: str, scheme: str) -> str:
-    from deid_tools.nested import code_meaning
-
-    return code_meaning(value, scheme) or "a name of the site's own"
-
-
-def _frames(ds: Dataset, kind: str) -> Any:
-    """Yield the values of each frame and the segment that it belongs to (0 in a LABELMAP)."""
-    if kind not in ("BINARY", "FRACTIONAL", "LABELMAP"):
-        raise DataError("The segmentation is of an unknown type.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            array = ds.pixel_array
-        array = array[None] if array.ndim == 2 else array
-        groups = list(ds.PerFrameFunctionalGroupsSequence)
-        if len(groups) != len(array):
-            raise DataError("The segmentation does not describe every frame.")
-        for values, own in zip(array, groups, strict=True):
-            segment = (
-                0
-                if kind == "LABELMAP"
-                else int(_group(ds, own, "SegmentIdentificationSequence").ReferencedSegmentNumber)
-            )
-            threshold = FRACTION * float(ds.MaximumFractionalValue) if kind == "FRACTIONAL" else 0
-            yield (values >= threshold if kind == "FRACTIONAL" else values), segment
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        raise DataError("The segmentation is damaged: pixels or frame descriptions are missing.") from None
-
-
-def _group(ds: Dataset, own: Dataset, name: str) -> Dataset:
-    items = own.get(name, None) or ds.SharedFunctionalGroupsSequence[0].get(name, None)
-    return items[0]
-
-
-def _voxels(
-    ds: Dataset, frame: int, chosen: NDArray[Any], to_index: NDArray[Any], geometry: Geometry
-) -> NDArray[np.int64]:
-    """Return the scan's voxel indices [N, 3] under the chosen pixels (row, column) of a frame."""
-    own = ds.PerFrameFunctionalGroupsSequence[frame]
-    try:
-        position = [float(v) for v in _group(ds, own, "PlanePositionSequence").ImagePositionPatient]
-        direction = [float(v) for v in _group(ds, own, "PlaneOrientationSequence").ImageOrientationPatient]
-        spacing = [float(v) for v in _group(ds, own, "PixelMeasuresSequence").PixelSpacing]
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        raise GeometryError("A frame of the segmentation does not say where it lies.") from None
-    plane = np.eye(4)
-    plane[:3, 0] = np.array(direction[3:]) * spacing[0]
-    plane[:3, 1] = np.array(direction[:3]) * spacing[1]
-    plane[:3, 2] = 0
-    plane[:3, 3] = position
-    index = to_index @ lps_to_ras(plane)
-    places = chosen @ index[:3, :2].T + index[:3, 3]
-    steps = np.abs(index[:3, :2])
-    rounded = np.rint(places).astype(np.int64)
-    off = np.abs(places - rounded).max()
-    inside = (rounded >= 0).all() and (rounded < geometry.shape).all()
-    if off > ON_GRID_VOXELS or np.abs(steps - np.rint(steps)).max() > ON_GRID_VOXELS or not inside:
-        raise GeometryError(
-            "The segmentation does not lie on the scan's voxels.", "Segment the series itself, not a resampled copy."
-        )
-    return rounded
-
-
-def _lay(labels: NDArray[np.uint16], index: NDArray[np.int64], new: NDArray[np.uint16], ranks: dict[int, int]) -> None:
-    where = tuple(index.T)
-    old = labels[where]
-    clash = (old != 0) & (old != new)
-    if clash.any():
-        pairs = {(int(a), int(b)) for a, b in zip(old[clash], new[clash], strict=True)}
-        if any(a not in ranks or b not in ranks for a, b in pairs):
-            raise DataError(
-                f"Segments overlap in {int(clash.sum())} or more voxels.", "Declare which class wins, or separate them."
-            )
-        keep = np.array([ranks.get(int(a), 0) < ranks.get(int(b), 0) for a, b in zip(old, new, strict=True)])
-        new = np.where(clash & keep, old, new)
-    labels[where] = new
+    if not unknown:
+        return
+    shown = [
+        f"number {number}: {code_meaning(*code) or 'a name of its own'}" for number, code in sorted(unknown.items())[:5]
+    ]
+    more = ", ..." if len(unknown) > len(shown) else ""
+    raise SchemaError(
+        f"{len(unknown)} of {total} segments are not in the label schema {schema.name!r} ({', '.join(shown)}{more}).",
+        "Look at them with 'medlsdm-deid names', and add them to the schema as aliases, or to its background.",
+    )
 
 
 def read_label_nifti(path: Path, geometry: Geometry, schema: LabelSchema) -> SemanticMap:

@@ -72,6 +72,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     },
     "SEG": {
         "SegmentationType": "BINARY",
+        "PhotometricInterpretation": "MONOCHROME2",  # a label map's palette is not needed
         "LossyImageCompression": "00",
         "ContentLabel": "SEGMENTATION",
         "SeriesNumber": 1,

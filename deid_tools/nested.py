@@ -109,11 +109,10 @@ def class_code(cls: LabelClass) -> tuple[str, str]:
 
 
 def match_class(schema: LabelSchema, value: str, scheme: str, label: str) -> LabelClass | None:
-    """Find a segment's class: by SNOMED code or our own, then by exact name, upper and lower case alike."""
+    """Find a structure's class: by SNOMED code or our own, then by declared name or alias; never by guessing."""
     code = snomed(value, scheme)
-    classes = [c for c in schema.classes if c.id]
-    coded_alike = [c for c in classes if (code and c.snomed == code) or (value, scheme) == class_code(c)]
-    if len(coded_alike) == 1:
-        return coded_alike[0]
-    named = [c for c in coded_alike or classes if c.name.casefold() == label.strip().casefold()]
-    return named[0] if named else None
+    alike = [c for c in schema.classes if (code and c.snomed == code) or (value, scheme) == class_code(c)]
+    if len(alike) > 1:
+        alike = [c for c in alike if c.answers_to(label)]
+        return alike[0] if alike else None
+    return alike[0] if alike else schema.by_name(label)

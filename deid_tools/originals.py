@@ -7,17 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deid_tools.needles import Needles, forms, printable_runs
+
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 _TEXT = ("LO", "SH", "LT", "ST", "UT", "UC", "UR", "AE", "AS", "DT", "TM")
-_BINARY = ("UN", "OB")
+_BINARY = ("UN", "OB", "OW", "OL", "OF", "OD", "OV")
 _RUN = re.compile(rb"[\x20-\x7e\xa0-\xff]{6,}")
 _WORD = re.compile(r"\w{6,}")
-_PRINTABLE = re.compile(rb"[\x20-\x7e]{6,}")
 _STANDARD_ROOT = "1.2.840.10008."
 _SOFTWARE = (0x00020012, 0x00020013)  # the writing library, which may be the one that we write with
 _SHORTEST, _ANYWHERE = 3, 6
+_BEFORE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789.+-")
+_AFTER = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
 
 
 class Originals:
@@ -29,17 +32,31 @@ class Originals:
 
     def __init__(self, harmless: Iterable[str] = ()) -> None:
         self._strings: set[str] = set()
-        self._runs: set[str] = set()
+        self._runs: set[bytes] = set()
+        self._seen: set[int] = set()
         self._kept: set[str] = set()
         self._harmless = {h.casefold() for h in harmless if h}
-        self._needles: list[tuple[bytes, bool]] | None = None
+        self._needles: tuple[Needles, frozenset[bytes]] | None = None
 
     def __repr__(self) -> str:
         return "Originals(private)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what another process builds anew."""
+        return {**self.__dict__, "_needles": None, "_seen": set()}
+
     def harmless(self, phrases: Iterable[str]) -> None:
         """Add phrases that the pipeline itself wrote, such as the names of classes."""
         self._harmless |= {str(p).casefold() for p in phrases if p}
+        self._needles = None
+
+    def merge(self, other: Originals) -> None:
+        """Take over what another collection of the same series holds."""
+        self._strings |= other._strings
+        self._runs |= other._runs
+        self._kept |= other._kept
+        self._seen |= other._seen
+        self._harmless |= other._harmless
         self._needles = None
 
     def add_path(self, relative: Path) -> None:
@@ -59,7 +76,7 @@ class Originals:
 
     def _walk(self, ds: Dataset, kept: frozenset[str], *, top: bool = False) -> None:
         for tag in list(ds.keys()):
-            if tag.group == 0x7FE0 or tag in _SOFTWARE:
+            if tag.group == 0x7FE0 or tag in _SOFTWARE or self._again(ds, tag, top):
                 continue
             try:
                 element = ds[tag]
@@ -78,6 +95,16 @@ class Originals:
                 for one in values:
                     self._value(one, vr, private=tag.is_private, kept=top and element.keyword in kept)
 
+    def _again(self, ds: Dataset, tag: Any, top: bool) -> bool:
+        """Tell whether these very bytes were seen under this tag in an earlier file of the series."""
+        raw = ds.get_item(tag)
+        if not isinstance(getattr(raw, "value", None), bytes) or not hasattr(raw, "is_implicit_VR"):
+            return False
+        seen = hash((top, tag, raw.VR, raw.value))
+        known = seen in self._seen
+        self._seen.add(seen)
+        return known
+
     def _value(self, value: Any, vr: str, *, private: bool, kept: bool) -> None:
         text = "" if value is None else str(value).strip(" \0")
         if not text:
@@ -88,7 +115,7 @@ class Originals:
             if not text.startswith(_STANDARD_ROOT):
                 self._strings.add(text)
         elif vr == "PN":
-            self._strings.update(p for p in re.split(r"[\^=\s,.]+", text) if len(p) >= _SHORTEST)
+            self._strings.update(p for p in re.split(r"[\^=\s,.]+", text) if _long_enough(p))
         elif vr == "DA":
             self._strings.update(_dates(text))
         elif vr in _TEXT:
@@ -96,51 +123,62 @@ class Originals:
             if vr == "DT":
                 self._strings.update(_dates(text[:8]))
         elif private and vr in ("CS", "DS", "IS"):
-            self._runs.update([text] if len(text) >= _ANYWHERE else [])
+            self._runs.update([text.encode("utf-8", "replace")] if len(text) >= _ANYWHERE else [])
 
     def _text(self, text: str, *, shortest: int) -> None:
-        if len(text) >= shortest:
+        if len(text) >= shortest or (not text.isascii() and _long_enough(text)):
             self._strings.add(text)
         self._strings.update(_WORD.findall(text))
 
     def _bytes(self, content: bytes) -> None:
-        self._runs.update(run.decode("latin-1").strip() for run in _RUN.findall(content))
+        self._runs.update(run.strip() for run in _RUN.findall(content))
 
-    def _compiled(self) -> list[tuple[bytes, bool]]:
-        """Return (bytes in lower case, anywhere) for each string; the rest must stand as a word."""
+    def _compiled(self) -> tuple[Needles, frozenset[bytes]]:
+        """Return all strings as they may stand in bytes, and those of them that count in the middle of a word too."""
         if self._needles is None:
-            self._needles = []
-            strong = {s.casefold().strip() for s in self._strings}
-            weak = {s.casefold().strip() for s in self._runs} - strong
-            for text in (strong | weak) - self._kept - self._harmless:
-                if len(text) < _SHORTEST or len(set(text)) == 1:
-                    continue
-                anywhere = text in strong and len(text) >= _ANYWHERE
-                encodings = {text.encode("utf-8"), text.encode("latin-1", "replace"), "\0".join(text).encode("utf-8")}
-                self._needles += [(needle, anywhere) for needle in encodings]
+            needles, anywhere = set[bytes](), set[bytes]()
+            gone = {s.casefold().strip() for s in self._strings} - self._kept - self._harmless
+            for text in (t for t in gone if _long_enough(t) and len(set(t)) > 1):
+                found = forms(text)
+                needles |= found
+                if len(text) >= _ANYWHERE or not text.isascii():
+                    anywhere |= found
+            allowed = {text.encode("utf-8", "replace") for text in self._kept | self._harmless}
+            needles |= {run.lower() for run in self._runs if len(set(run)) > 1} - allowed
+            self._needles = Needles(needles), frozenset(anywhere)
         return self._needles
 
     def found_in(self, header: bytes, pixels: bytes = b"") -> bool:
-        """Tell whether one of the strings stands in what was written.
+        """Tell whether one of the strings stands in what was written, in one-byte encodings, UTF-8 or UTF-16.
 
         Args:
             header: All bytes outside the pixels; searched for every string.
-            pixels: Searched for strings of six characters or more, in one-byte encodings.
+            pixels: Searched for strings of six characters or more.
         """
+        needles, anywhere = self._compiled()
         text = header.lower()
         for phrase in sorted(self._harmless, key=len, reverse=True):
-            text = text.replace(phrase.encode("utf-8"), b"\1" * len(phrase.encode("utf-8")))
-        runs = b"\n".join(_PRINTABLE.findall(pixels)).lower()
-        for needle, anywhere in self._compiled():
-            if needle in text and ((anywhere and not needle.isdigit()) or _as_word(needle, text)):
-                return True
-            if anywhere and runs and needle in runs:
-                return True
+            written = phrase.encode("utf-8", "replace")
+            text = text.replace(written, b"\1" * len(written))
+        for form in (text, text.replace(b"\0", b"")) if b"\0" in text else (text,):
+            for place, needle in needles.find(form):
+                if form is not text and len(needle) <= _SHORTEST:
+                    continue  # without its zeros, binary content makes short words by chance
+                if (needle in anywhere and not needle.isdigit()) or _is_word(form, place, len(needle)):
+                    return True
+        runs = printable_runs(pixels)
+        return any(needle in anywhere for _, needle in needles.find(runs))
+
+
+def _long_enough(text: str) -> bool:
+    return len(text) >= _SHORTEST or (len(text) == 2 and ord(min(text)) >= 0x2E80)  # two ideographs make a name
+
+
+def _is_word(text: bytes, place: int, length: int) -> bool:
+    before, after = text[place - 1 : place], text[place + length : place + length + 2]
+    if before and before[0] in _BEFORE:
         return False
-
-
-def _as_word(needle: bytes, text: bytes) -> bool:
-    return re.search(rb"(?<![a-z0-9.+-])" + re.escape(needle) + rb"(?![a-z0-9]|\.[0-9])", text) is not None
+    return not (after and (after[0] in _AFTER or (after[0] == ord(".") and after[1:].isdigit())))
 
 
 def _dates(text: str) -> set[str]:

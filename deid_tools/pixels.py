@@ -1,24 +1,35 @@
-"""Pixels: decoded and cut to what the header declares, and searched for burned-in text."""
+"""Pixels: decoded and cut to what the header declares, and gathered to be searched for burned-in text."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deid_tools.admit import Refusal
+from deid_tools.filters import filters
+from deid_tools.ocr import Box, text_boxes
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-OCR_WIDTH = 1600
-OCR_TIMEOUT_SECONDS = 120
 OCR_ABSENT = "burned-in text was not checked: tesseract is not installed"
-OCR_PRESENT = "burned-in text was checked on each series' maximum projection"
+OCR_PRESENT = "burned-in text was checked on each series' maximum and minimum projection"
+
+FIXED_FRAMES = 8
+FIXED_PIXELS = 24
+INK_PIXELS = 60
+INK_SHARE = 0.3
+EIGHT_BITS = 255
+SMALL_SERIES = 3
+LEGIBLE_PIXELS = 64
+STROKE_PIXELS = 8
+_MARGIN = 3
 
 
 def take_pixels(source: Dataset, target: Dataset) -> NDArray[Any]:
@@ -72,67 +83,122 @@ def _check_bits(content: NDArray[Any], source: Dataset) -> None:
         raise Refusal("bits above BitsStored are in use; an overlay may hide there")
 
 
+@dataclass(slots=True)
+class Projection:
+    """Hold what is kept of all frames of one size: brightest and darkest values, and the rules' boxes.
+
+    ``singles`` are the frames themselves while they are so few that projecting them saves nothing.
+    """
+
+    brightest: NDArray[Any]
+    darkest: NDArray[Any]
+    frames: int = 0
+    singles: list[NDArray[Any]] = field(default_factory=list)
+    declared: set[Box] = field(default_factory=set)
+
+    def merge(self, later: Projection) -> None:
+        """Fold in the frames of another stretch of the same size."""
+        np.maximum(self.brightest, later.brightest, out=self.brightest)
+        np.minimum(self.darkest, later.darkest, out=self.darkest)
+        self.frames += later.frames
+        self.singles = [*self.singles, *later.singles] if self.frames <= SMALL_SERIES else []
+        self.declared |= later.declared
+
+    def background(self) -> float:
+        """Return the value that the border of the frames holds most often."""
+        low = self.darkest
+        border = np.concatenate([low[0], low[-1], low[:, 0], low[:, -1]])
+        values, counts = np.unique(border, return_counts=True)
+        return float(values[counts.argmax()])
+
+    def pictures(self) -> list[NDArray[Any]]:
+        """Return what is to be read: the projections, or the frames of a small series."""
+        return self.singles or [self.brightest, self.darkest]
+
+    def ink(self) -> list[Box]:
+        """Return boxes around sharp bright pixels of one value that stand on the dark: drawn, not scanned."""
+        ndimage = filters()
+
+        low, high = float(self.darkest.min()), float(self.brightest.max())
+        if high - low <= EIGHT_BITS or min(self.brightest.shape) < LEGIBLE_PIXELS:
+            return []  # with few grey values, anatomy holds one value often enough
+        bright = self.brightest > low + 0.5 * (high - low)
+        dark_near = ndimage.minimum_filter(self.brightest, 5) <= low + 0.1 * (high - low)
+        values, counts = np.unique(self.brightest[bright & dark_near], return_counts=True)
+        if not len(counts) or counts.max() < INK_PIXELS or counts.max() < INK_SHARE * counts.sum():
+            return []
+        return _around(_strokes(self.brightest == values[counts.argmax()]) & dark_near)
+
+    def fixed(self) -> list[Box]:
+        """Return boxes around bright pixels that have one value on every frame: no anatomy does that."""
+        if self.frames < FIXED_FRAMES or min(self.brightest.shape) < LEGIBLE_PIXELS:
+            return []
+        low, high = float(self.darkest.min()), float(self.brightest.max())
+        same = _strokes((self.brightest == self.darkest) & (self.brightest > low + 0.25 * (high - low)))
+        return _around(same) if same.sum() >= FIXED_PIXELS else []
+
+
+def _strokes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Leave out what is thicker than letters are drawn: a phantom's insert, a saturated table."""
+    ndimage = filters()
+    thick = ndimage.binary_opening(mask, np.ones((STROKE_PIXELS + 1, STROKE_PIXELS + 1), bool))
+    return mask & ~ndimage.binary_dilation(thick, iterations=STROKE_PIXELS)
+
+
+def _around(mask: NDArray[np.bool_]) -> list[Box]:
+    ndimage = filters()
+
+    grouped, _ = ndimage.label(ndimage.binary_dilation(mask, iterations=_MARGIN))
+    return [(y.start, x.start, y.stop, x.stop) for y, x in ndimage.find_objects(grouped)]
+
+
 class TextSearch:
-    """Look for burned-in text on the maximum projection of one series, with tesseract where it is installed."""
+    """Gather the frames of one series, and look for burned-in text with tesseract where it is installed."""
 
     def __init__(self) -> None:
-        self._projections: dict[tuple[int, ...], NDArray[Any]] = {}
+        self.sizes: dict[tuple[int, ...], Projection] = {}
 
     @staticmethod
     def state() -> str:
         """Say in words whether burned-in text can be checked on this machine."""
         return OCR_PRESENT if shutil.which("tesseract") else OCR_ABSENT
 
-    def add(self, frames: NDArray[Any]) -> None:
-        """Fold frames [frames, Y, X] into the projection of their size."""
-        top = frames.max(axis=0)
-        key = top.shape
-        self._projections[key] = np.maximum(self._projections[key], top) if key in self._projections else top
+    def add(self, frames: NDArray[Any], declared: Iterable[Box] = ()) -> None:
+        """Fold frames [frames, Y, X] into the projections of their size; ``declared`` boxes hold text for sure."""
+        seen = Projection(frames.max(axis=0), frames.min(axis=0), len(frames), declared=set(declared))
+        seen.singles = list(frames) if len(frames) <= SMALL_SERIES else []
+        size = seen.brightest.shape
+        if size in self.sizes:
+            self.sizes[size].merge(seen)
+        else:
+            self.sizes[size] = seen
 
-    def found(self) -> bool:
-        """Tell whether confident words stand in a projection.
+    def merge(self, other: TextSearch) -> None:
+        """Fold in what another search of the same series has seen."""
+        for size, later in other.sizes.items():
+            if size in self.sizes:
+                self.sizes[size].merge(later)
+            else:
+                self.sizes[size] = later
+
+    def found(self) -> dict[tuple[int, ...], list[Box]]:
+        """Return the boxes with text by size of frame: declared, fixed in all frames, drawn, or read.
+
 
         Raises:
             Refusal: The search itself failed.
         """
-        program = shutil.which("tesseract")
-        if not program:
-            return False
-        return any(_confident(_words(program, image)) for image in self._projections.values())
+        boxes = {size: [*seen.declared, *seen.fixed(), *seen.ink()] for size, seen in self.sizes.items()}
+        for size, seen in self.sizes.items():
+            boxes[size] += read_boxes(seen.pictures())
+        return {size: found for size, found in boxes.items() if found}
 
 
-def _confident(words: list[tuple[str, float]]) -> bool:
-    letters = [("".join(c for c in word if c.isalnum()), confidence) for word, confidence in words]
-    several = sum(len(word) >= 3 and confidence >= 70 for word, confidence in letters)
-    return several >= 2 or any(len(word) >= 5 and confidence >= 80 for word, confidence in letters)
+def read_boxes(pictures: list[NDArray[Any]]) -> list[Box]:
+    """Return the boxes of the words in pictures of one size; none where tesseract is not installed.
 
-
-def _words(program: str, image: NDArray[Any]) -> list[tuple[str, float]]:
-    low, high = float(image.min()), float(image.max())
-    if high <= low:
-        return []
-    grey = ((image.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
-    factor = max(1, round(OCR_WIDTH / grey.shape[1]))
-    grey = _enlarge(grey, min(factor, 8))
-    picture = f"P5 {grey.shape[1]} {grey.shape[0]} 255\n".encode() + grey.tobytes()
-    try:
-        answer = subprocess.run(
-            [program, "stdin", "stdout", "--psm", "11", "tsv"],
-            input=picture,
-            capture_output=True,
-            timeout=OCR_TIMEOUT_SECONDS,
-            check=True,
-        )
-    except (subprocess.SubprocessError, OSError):
-        raise Refusal("the search for burned-in text failed") from None
-    rows = [line.split("\t") for line in answer.stdout.decode("utf-8", "replace").splitlines()[1:]]
-    return [(row[11], float(row[10])) for row in rows if len(row) == 12 and row[11].strip()]
-
-
-def _enlarge(grey: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    if factor == 1:
-        return grey
-    from scipy import ndimage
-
-    larger = np.asarray(ndimage.zoom(grey.astype(np.float32), factor, order=1))
-    return np.clip(larger, 0, 255).astype(np.uint8)
+    Raises:
+        Refusal: The search itself failed.
+    """
+    program = shutil.which("tesseract")
+    return text_boxes(program, pictures) if program else []

@@ -7,18 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deid_tools.treatment import NOTHING_DONE, PixelRecord
+
 PROGRAM = "medlsdm-deid"
 
 
 @dataclass(frozen=True, slots=True)
 class SeriesRecord:
-    """Describe one series that passed: its token (pseudonym/series), modality, and how many files."""
+    """Describe one series that passed: its token (pseudonym/series), modality, and how many files.
+
+    ``labels_held`` counts the label maps that belong to it and are held. ``notes`` say in words what
+    its geometry asks for: a tilt, several volumes, why it is no volume.
+    """
 
     token: str
     modality: str
     images: int
     labels: int
     already: bool = False
+    labels_held: int = 0
+    notes: tuple[str, ...] = ()
+    pixels: PixelRecord = NOTHING_DONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,11 @@ class DeidReport:
                     "images": s.images,
                     "labels": s.labels,
                     "already_there": s.already,
+                    "labels_held": s.labels_held,
+                    "notes": list(s.notes),
+                    "text_boxes_blanked": s.pixels.text_boxes,
+                    "face": s.pixels.face,
+                    "face_guard": s.pixels.guard,
                 }
                 for s in self.series
             ],

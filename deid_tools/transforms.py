@@ -25,6 +25,9 @@ class Transforms:
         keys: The site's keys.
         ds: The original header.
         words: Whether descriptions will be cleaned, for which the names are gathered.
+
+    Attributes:
+        scope: All that the result for one value depends on besides the value.
     """
 
     def __init__(self, keys: SiteKeys, ds: Dataset, *, words: bool = False) -> None:
@@ -36,6 +39,7 @@ class Transforms:
         self._own = own_words(ds) if words else frozenset()
         self._birth = as_text(ds.get("PatientBirthDate", ""))
         self._study = as_text(ds.get("StudyDate", ""))
+        self.scope = (self.pseudonym, self.days, self._own, self._birth, self._study)
 
     def __repr__(self) -> str:
         return "Transforms(private)"

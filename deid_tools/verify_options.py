@@ -6,16 +6,13 @@ These lists stand apart from the recipes on purpose: a mistake in a recipe must 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
 
 from deid_tools.descriptors import allowed as allowed_word
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
+from deid_tools.explicit import Element, WrittenFile
 
 
-def _tags(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def _tags(text: str) -> frozenset[int]:
+    return frozenset(int(tag, 16) for tag in text.split())
 
 
 DATES, CHARACTERISTICS, DESCRIPTORS, PRIVATE = "113107", "113108", "113105", "113111"
@@ -62,6 +59,7 @@ _SAFE_PRIVATE = {
     (0x7053, "Philips PET Private Group"): (0x00, 0x09),
 }
 _NUMBERS = ("DS", "IS", "US", "SS", "UL", "SL", "FD", "FL")
+_METHOD, _METHOD_CODES, _CODE, _SCHEME, _ZONE_OFFSET = 0x00120063, 0x00120064, 0x00080100, 0x00080102, 0x00080201
 _AGE = re.compile(r"0[0-8]\d[DWMY]|090Y|[0-9]\d\d[DWM]")
 _DATE = re.compile(r"(?:1[89]|20)\d\d(?:(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])?)?")
 _TIME = re.compile(r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:[0-5]\d|60)?(?:\.\d{1,6})?)?")
@@ -69,43 +67,44 @@ _MOMENT = re.compile(rf"(?:{_DATE.pattern})(?:{_TIME.pattern})?(?:[+-](?:0\d|1[0
 _ZONE = re.compile(r"[+-](?:0\d|1[0-4])[0-5]\d")
 
 
-def codes_of(ds: Dataset) -> frozenset[str]:
+def codes_of(written: WrittenFile) -> frozenset[str]:
     """Return the codes of CID 7050 that a file carries."""
-    items = ds.get("DeidentificationMethodCodeSequence", None) or ()
-    return frozenset(str(i.get("CodeValue", "")) for i in items if str(i.get("CodingSchemeDesignator", "")) == "DCM")
+    stamps = written.find(_METHOD_CODES)
+    items: list[dict[int, Element]] = [{e.tag: e for e in item} for item in (stamps.items if stamps else ())]
+    return frozenset(
+        item[_CODE].text() for item in items if {_CODE, _SCHEME} <= set(item) and item[_SCHEME].text() == "DCM"
+    )
 
 
-def extra_tags(ds: Dataset) -> frozenset[str]:
+def extra_tags(written: WrittenFile, codes: frozenset[str]) -> frozenset[int]:
     """Return the tags that may stand at the top of a file besides those of the allow-list."""
-    if str(ds.get("DeidentificationMethod", "")) != METHODS[1]:
+    method = written.find(_METHOD)
+    if method is None or method.text() != METHODS[1]:
         return frozenset()
-    found = set(_BASIC)
-    for code in codes_of(ds):
-        found |= _BY_CODE.get(code, frozenset())
-    return frozenset(found | (_private(ds) if PRIVATE in codes_of(ds) else set()))
+    found = _BASIC.union(*(_BY_CODE.get(code, frozenset()) for code in codes))
+    return found | _private(written) if PRIVATE in codes else found
 
 
-def _private(ds: Dataset) -> set[str]:
-    """Return creators and elements of the safe list that hold numbers."""
-    found = set()
-    for (group, creator), elements in _SAFE_PRIVATE.items():
-        try:
-            block = ds.private_block(group, creator)
-        except KeyError:
-            continue
-        found.add(f"{group:04X}{block.block_start >> 8:04X}")
-        for low in elements:
-            if low in block and block[low].VR in _NUMBERS:
-                found.add(f"{int(block[low].tag):08X}")
-    return found
+def _private(written: WrittenFile) -> frozenset[int]:
+    """Return creators and elements of the safe list that hold numbers, each in its creator's block (PS3.5 7.8.1)."""
+    found: set[int] = set()
+    private = [element for element in written.body if element.tag.is_private]
+    for creator in private:
+        group, block = creator.tag >> 16, creator.tag & 0xFFFF
+        safe = _SAFE_PRIVATE.get((group, creator.text())) if creator.VR == "LO" and 0x10 <= block <= 0xFF else None
+        if safe is not None:
+            found.add(creator.tag)
+            allowed = {group << 16 | block << 8 | low for low in safe}
+            found.update(e.tag for e in private if e.tag in allowed and e.VR in _NUMBERS)
+    return frozenset(found)
 
 
-def passes(element: Any, text: str, codes: frozenset[str]) -> bool:
+def passes(element: Element, text: str, codes: frozenset[str]) -> bool:
     """Tell whether a date, an age, a description or a creator's name may stand, given what the file says was done."""
-    if element.tag.is_private:
-        return PRIVATE in codes and (element.VR in _NUMBERS or any(text == creator for _, creator in _SAFE_PRIVATE))
-    vr, tag = element.VR, f"{int(element.tag):08X}"
-    if vr in ("DA", "TM", "DT") or tag == "00080201":
+    vr, tag = element.VR, element.tag
+    if tag.is_private:
+        return PRIVATE in codes and vr == "LO" and any(text == creator for _, creator in _SAFE_PRIVATE)
+    if vr in ("DA", "TM", "DT") or tag == _ZONE_OFFSET:
         pattern = {"DA": _DATE, "TM": _TIME, "DT": _MOMENT}.get(vr, _ZONE)
         moved = DATES in codes and tag in _BY_CODE[DATES]
         return moved and all(pattern.fullmatch(end) for end in _ends(text, vr))

@@ -98,7 +98,7 @@ class Scan:
     def __post_init__(self) -> None:
         array = np.asarray(self.array, dtype=np.float32)
         _fits(array, self.geometry)
-        if not np.isfinite(array).all():
+        if not np.isfinite([array.min(), array.max()]).all():  # needs no second array of the scan's size
             raise DataError("The scan holds values that are not finite.", "Check the source series.")
         object.__setattr__(self, "array", array)
 
@@ -111,28 +111,47 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class LabelClass:
-    """Name one class: id in the map, name, SNOMED CT code ("" if none), colour (RGB 0-255)."""
+    """Name one class: id in the map, name, SNOMED CT code ("" if none), colour (RGB 0-255).
+
+    ``aliases`` are the names that this site's own segments and contours use for the class. An alias
+    of the background leaves a structure out; the alias ``*`` there leaves out whatever is not named.
+    """
 
     id: int
     name: str
     snomed: str = ""
     colour: tuple[int, int, int] = (128, 128, 128)
+    aliases: tuple[str, ...] = ()
+
+    def answers_to(self, text: str) -> bool:
+        """Tell whether ``text`` is the class's name or an alias; case, spaces and underscores alike."""
+        return plain_name(text) in {plain_name(name) for name in (self.name, *self.aliases)}
+
+
+def plain_name(text: str) -> str:
+    """Return a name in lower case with single spaces, underscores being spaces."""
+    return " ".join(text.replace("_", " ").split()).casefold()
 
 
 @dataclass(frozen=True, slots=True)
 class LabelSchema:
     """List the classes that every site agrees on; class 0 is the background.
 
+    ``priority`` names classes, the winner first, for voxels that two structures claim; it and the
+    aliases are the site's own business and not part of the digest.
+
     Raises:
-        SchemaError: Ids or names repeat, id 0 is missing, or an id is out of range.
+        SchemaError: Ids or names repeat, id 0 is missing, an id is out of range, or ``priority``
+            names no class.
     """
 
     name: str
     classes: tuple[LabelClass, ...]
+    priority: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [c.id for c in self.classes]
-        names = [c.name.casefold() for c in self.classes]
+        names = [name for c in self.classes for name in {plain_name(n) for n in (c.name, *c.aliases)}]
         if 0 not in ids or len(set(ids)) < len(ids) or len(set(names)) < len(names):
             raise SchemaError(
                 f"The label schema {self.name!r} repeats an id or a name, or has no background.",
@@ -140,6 +159,12 @@ class LabelSchema:
             )
         if min(ids) < 0 or max(ids) > MAX_LABEL:
             raise SchemaError(f"The label schema {self.name!r} has ids outside 0-{MAX_LABEL}.")
+        if any("*" in c.aliases for c in self.classes if c.id):
+            raise SchemaError("Only the background may have the alias '*'.", "Name the structures of each class.")
+        if any(name not in {c.name for c in self.classes} for name in self.priority):
+            raise SchemaError(
+                f"The priority of the label schema {self.name!r} names no class.", "Use the names of its classes."
+            )
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -159,14 +184,20 @@ class LabelSchema:
                 return cls
         raise SchemaError(f"Label {label} is not in the schema {self.name!r}.")
 
+    def by_name(self, text: str) -> LabelClass | None:
+        """Return the class that has this name or alias, else the background if its aliases hold ``*``."""
+        named = [c for c in self.classes if c.answers_to(text)] if plain_name(text) != "*" else []
+        others = [c for c in self.classes if "*" in c.aliases]
+        return (named + others or [None])[0]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` reads them back."""
-        return {
-            "name": self.name,
-            "classes": [
-                {"id": c.id, "name": c.name, "snomed": c.snomed, "colour": list(c.colour)} for c in self.classes
-            ],
-        }
+        classes = [
+            {"id": c.id, "name": c.name, "snomed": c.snomed, "colour": list(c.colour)}
+            | ({"aliases": list(c.aliases)} if c.aliases else {})
+            for c in self.classes
+        ]
+        return {"name": self.name, "classes": classes} | ({"priority": list(self.priority)} if self.priority else {})
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -178,14 +209,19 @@ class LabelSchema:
                     str(row["name"]),
                     str(row.get("snomed", "")),
                     tuple(row.get("colour", (128, 128, 128))),
+                    _strings(row.get("aliases", ())),
                 )
                 for row in data["classes"]
             )
-            return cls(str(data["name"]), classes)
+            return cls(str(data["name"]), classes, _strings(data.get("priority", ())))
         except (KeyError, TypeError, ValueError) as error:
             raise SchemaError(
                 "The label schema cannot be read.", "It needs a name and classes with id and name."
             ) from error
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

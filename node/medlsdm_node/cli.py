@@ -75,7 +75,10 @@ def init(
 
 @app.command()
 def ingest(
-    folder: Annotated[Path, typer.Argument(help="A folder of DICOM, at any depth.")],
+    folder: Annotated[Path, typer.Argument(help="A folder of DICOM, at any depth, zip archives included.")],
+    segmenter: Annotated[
+        str, typer.Option(help="Label scans that have no label map: NAME or NAME=FOLDER (see docs/labels.md).")
+    ] = "",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +90,10 @@ def ingest(
     with bar:
         task = bar.add_task(text, total=None)
         result = take(
-            opened, folder, lambda step, done, of: bar.update(task, description=step, completed=done, total=of)
+            opened,
+            folder,
+            lambda step, done, of: bar.update(task, description=step, completed=done, total=of),
+            segmenter=segmenter,
         )
     if as_json:
         print_json(result.to_json())
@@ -99,19 +105,100 @@ def ingest(
         print(f"  note: {note}")
 
 
-@app.command()
-def quarantine(home: Home = None, as_json: Json = False) -> None:
-    """List what ingest held back: token, reason, and where the file lies on this machine."""
-    from medlsdm_node.ingest import quarantine as held
+held = typer.Typer(help="Work through what was held: list (the default), show, release, purge.")
+app.add_typer(held, name="quarantine", invoke_without_command=True)
+Item = Annotated[str, typer.Argument(metavar="ID", help="An item of 'quarantine list'.")]
 
-    rows = held(_open(home))
+
+@held.callback()
+def held_default(context: typer.Context, home: Home = None, as_json: Json = False) -> None:
+    """List what is held, unless told otherwise."""
+    if context.invoked_subcommand is None:
+        held_list(home, as_json)
+
+
+@held.command("list")
+def held_list(home: Home = None, as_json: Json = False) -> None:
+    """List what is held: id, since when, how many files or series, and the reason."""
+    from medlsdm_node.quarantine import items
+
+    found = items(_open(home))
     if as_json:
-        print_json(rows)
+        print_json([item.to_json() for item in found])
         return
-    for row in rows:
-        print(f"{row['token']}  {row['reason']}  {row['path']}".rstrip())
-    if not rows:
+    for item in found:
+        what = f"{len(item.tokens)} series" if item.tokens else f"{len(item.paths)} files"
+        print(f"{item.id}  {item.since}  {item.origin:8}  {what:>10}  {item.reason}")
+    if not found:
         print("Nothing is held.")
+
+
+@held.command("show")
+def held_show(
+    item: Item,
+    home: Home = None,
+    identify: Annotated[bool, typer.Option("--identify", help="Show the UIDs of received files; audited.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show one item: its reason, its series by pseudonym, and where its files lie on this machine."""
+    from medlsdm_node.quarantine import show
+
+    found = show(_open(home), item, identify=identify)
+    if as_json:
+        print_json(found)
+        return
+    print(f"{found['id']}  {found['since']}  {found['origin']}\n{found['reason']}")
+    for line in [*found["series"], *found["paths"]]:
+        print(f"  {line}")
+    for uids in found.get("uids", []):
+        print("  " + "  ".join(f"{keyword}={value}" for keyword, value in uids.items()))
+
+
+@held.command("release")
+def held_release(item: Item, home: Home = None, as_json: Json = False) -> None:
+    """Run the pipeline again on what an item belongs to; no check is waived."""
+    from medlsdm_node.quarantine import release
+
+    found = release(_open(home), item)
+    if as_json:
+        print_json(found)
+        return
+    print(f"{found['pairs']} scans are in the vault.")
+    for reason, count in sorted(found["held"].items()):
+        print(f"  held: {count} x {reason}")
+
+
+@held.command("purge")
+def held_purge(
+    item: Item,
+    home: Home = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what the node holds of an item, for good; a folder of the hospital is never touched."""
+    from medlsdm.errors import UsageError
+    from medlsdm_node.quarantine import find, purge
+
+    opened = _open(home)
+    found = find(opened, item)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("Purging deletes for good, and nobody here can confirm it.", "Give --yes.")
+        if not typer.confirm(f"Delete {len(found.paths)} files ({found.reason}) for good?", err=True):
+            raise typer.Abort
+    done = purge(opened, item)
+    if as_json:
+        print_json(done)
+    else:
+        print(f"{done['item']} is purged: {done['deleted']} files deleted.")
+
+
+@app.command()
+def receive(home: Home = None) -> None:
+    """Listen for a PACS (C-STORE) and take in each study when it is complete; who may send is in receive.yaml."""
+    from medlsdm_node.intake import receive as listen
+
+    listen(_open(home), _say)
 
 
 @app.command()
@@ -121,6 +208,7 @@ def join(
     invitation: Annotated[Path | None, typer.Option(help="File with the invitation (or MEDLSDM_INVITATION).")] = None,
     site: Annotated[str, typer.Option(help="Name for a new node; an invitation gives it.")] = "",
     schema: Schema = "procedural",
+    receiving: Annotated[bool, typer.Option("--receive", help="Listen for a PACS too, as 'receive' does.")] = False,
 ) -> None:
     """Join a coordinator and serve its rounds until stopped. Running it again goes on."""
     from medlsdm_node.home import NodeHome
@@ -130,7 +218,14 @@ def join(
     ticket = read_invitation(invitation, os.environ.get("MEDLSDM_INVITATION"))
     name = site or (ticket.site if ticket else "")
     fresh = _settings(name, "default", schema, 0) if name and not opened.settings_file.exists() else None
-    serve(opened, prepare(opened, server, ticket, fresh), _say)
+    coordinator = prepare(opened, server, ticket, fresh)
+    if not receiving:
+        serve(opened, coordinator, _say)
+        return
+    from medlsdm_node.receiving import beside
+
+    with beside(opened, _say):
+        serve(opened, coordinator, _say)
 
 
 @app.command()

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,24 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class HeldRow:
+    """Say why a file is held, or, where ``path`` has no name, the whole series ``token``."""
+
+    token: str
+    path: Path = field(repr=False)
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class IngestResult:
-    """Say what came in: pairs stored, patients, what was held and why (counted), seconds."""
+    """Say what came in: pairs stored, patients, what was held and why (counted; ``rows`` one by one), seconds."""
 
     pairs: int
     patients: int
     held: dict[str, int]
     notes: tuple[str, ...]
     seconds: float
+    rows: tuple[HeldRow, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -41,56 +51,80 @@ class IngestResult:
         }
 
 
-def ingest(home: NodeHome, source: Path, progress: Report | None = None) -> IngestResult:
+def ingest(home: NodeHome, source: Path, progress: Report | None = None, *, segmenter: str = "") -> IngestResult:
     """Take a folder in. De-identified files exist only in a private temporary folder, and not for long.
 
     Ingesting the same folder again replaces the same pairs.
 
+    Args:
+        home: The node.
+        source: The folder.
+        progress: Called with what is being done, how many are done, and how many there are.
+        segmenter: What labels a series that came without a label map: ``NAME`` or ``NAME=FOLDER``.
+
     Raises:
+        ConfigError: There is no such segmenter, or it cannot run here.
         DataError: The folder is missing or empty.
         QuarantineError: Nothing in it could be used.
     """
-    from deid_tools.keys import SiteKeys
-    from deid_tools.pipeline import deidentify, read_pairs
-
-    started = time.monotonic()
     existing_folder(source, "The folder")
-    vault, settings = Vault(home), home.settings
-    keys = SiteKeys.derive(home.master_key, settings.project)
-    reasons: Counter[str] = Counter()
-    held: list[dict[str, str]] = []
-    stored, patients = 0, set()
-    with home.locked("ingest"), tempfile.TemporaryDirectory(dir=home.run, prefix="ingest-") as spool:
-        report = deidentify(source, Path(spool), keys, schema=vault.schema, progress=progress)
-        for item in report.held:
-            reasons[item.reason] += 1
-            held.append({"token": item.token, "path": str(item.path), "reason": item.reason})
-        for result in read_pairs(Path(spool), vault.schema) if report.series else ():
-            reason = result.reason
-            if reason or result.scan is None or result.labels is None:
-                reasons[reason] += 1
-                held.append({"token": result.token, "path": "", "reason": reason})
-                continue
-            vault.put_pair(result.token.replace("/", "."), result.scan, result.labels)
-            stored += 1
-            patients.add(result.scan.subject)
-    if held:
-        vault.put(HELD, f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(2)}", json.dumps(held).encode())
-    home.audit.append("ingest", pairs=stored, held=sum(reasons.values()), recipe=report.recipe_sha256)
-    result = IngestResult(stored, len(patients), dict(reasons), _notes(report.ocr), time.monotonic() - started)
-    if not stored:
-        most = "; ".join(f"{count} x {reason.rstrip('.')}" for reason, count in reasons.most_common(3))
+    result = take(home, source, "folder", progress, segmenter=segmenter)
+    if result.rows:
+        held = [
+            {"token": r.token, "path": str(r.path) if r.path.name else "", "reason": r.reason, "source": str(source)}
+            for r in result.rows
+        ]
+        name = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(2)}"
+        Vault(home).put(HELD, name, json.dumps(held).encode())
+    if not result.pairs:
+        most = "; ".join(f"{n} x {reason.rstrip('.')}" for reason, n in Counter(result.held).most_common(3))
         raise QuarantineError(
             f"Nothing could be used: {most or 'no DICOM was found'}.", "See 'medlsdm-node quarantine'."
         )
     return result
 
 
-def _notes(ocr: str) -> tuple[str, ...]:
-    return (f"burned-in text: {ocr}",) if ocr else ()
+def take(
+    home: NodeHome, source: Path, origin: str, progress: Report | None = None, *, segmenter: str = ""
+) -> IngestResult:
+    """Run a folder through the pipeline into the vault, and say what is held; ``origin`` is for the audit log."""
+    from deid_tools.keys import SiteKeys
+    from deid_tools.pipeline import deidentify, read_pairs
+    from deid_tools.segmenters import load_segmenter
+
+    labeller = load_segmenter(segmenter) if segmenter else None
+    started = time.monotonic()
+    vault, settings = Vault(home), home.settings
+    keys = SiteKeys.derive(home.master_key, settings.project)
+    rows: list[HeldRow] = []
+    stored, patients, done = 0, set(), Counter[str]()
+    with home.locked("ingest"), tempfile.TemporaryDirectory(dir=home.run, prefix="ingest-") as spool:
+        report = deidentify(source, Path(spool), keys, schema=vault.schema, progress=progress)
+        rows += [HeldRow(item.token, item.path, item.reason) for item in report.held]
+        unlabelled = {s.token for s in report.series if s.labels_held}
+        pairs = read_pairs(Path(spool), vault.schema, segmenter=labeller, held=unlabelled) if report.series else ()
+        for result in pairs:
+            if result.reason or result.scan is None or result.labels is None:
+                rows.append(HeldRow(result.token, Path(), result.reason))
+                continue
+            vault.put_pair(result.token.replace("/", "."), result.scan, result.labels)
+            stored += 1
+            patients.add(result.scan.subject)
+            done.update(result.notes)
+    reasons = dict(Counter(row.reason for row in rows))
+    home.audit.append(
+        "ingest",
+        origin=origin,
+        pairs=stored,
+        held=len(rows),
+        recipe=report.recipe_sha256,
+        segmenter=segmenter.partition("=")[0],
+    )
+    return IngestResult(
+        stored, len(patients), reasons, _notes(report.ocr, done), time.monotonic() - started, tuple(rows)
+    )
 
 
-def quarantine(home: NodeHome) -> list[dict[str, str]]:
-    """Return what was held: token, reason, and the local path, newest last."""
-    vault = Vault(home)
-    return [row for name in vault.names(HELD) for row in json.loads(vault.get(HELD, name))]
+def _notes(ocr: str, done: Counter[str]) -> tuple[str, ...]:
+    volumes = (f"{count} x {note}" for note, count in done.most_common())
+    return (*((f"burned-in text: {ocr}",) if ocr else ()), *volumes)

@@ -13,6 +13,7 @@ import pytest
 from deid_tools.keys import SiteKeys
 from deid_tools.pipeline import deidentify
 from deid_tools.plant import write_planted_study
+from deid_tools.treatment import PixelPolicy
 from deid_tools.write import write_synthetic_series
 from medlsdm.types import (
     SYNTHESIS_SEAL,
@@ -81,7 +82,7 @@ def test_dcmtk_reads_what_is_written(tmp_path):
 
 @pytest.mark.real_data
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_series_with_a_name_in_its_pixels_is_held(tmp_path):
+def test_a_series_with_a_name_in_its_pixels_is_held_or_blanked(tmp_path):
     need("tesseract")
     if not DATA.is_dir():
         pytest.skip("the real data folder is not beside the checkout")
@@ -98,9 +99,13 @@ def test_a_series_with_a_name_in_its_pixels_is_held(tmp_path):
             pixels[np.array(picture) > 100] = 2500
             ds.PixelData = pixels.tobytes()
         ds.save_as(source / path.name)
-    report = deidentify(source, tmp_path / "out", KEYS)
+    report = deidentify(source, tmp_path / "held", KEYS, policy=PixelPolicy(text="quarantine"))
     assert report.series == ()
     assert report.reasons() == {"text seems to be burned into its pixels": 28}
+    report = deidentify(source, tmp_path / "out", KEYS, policy=PixelPolicy(faces=False))  # a plastic head has none
+    assert [s.pixels.text_boxes > 0 for s in report.series] == [True]
+    written = next(path for path in (tmp_path / "out").rglob("0006.dcm"))
+    assert not (pydicom.dcmread(written).pixel_array[np.array(picture) > 100] == 2500).any()
 
 
 def first_of_each_series(folder: Path) -> list[Path]:
@@ -110,7 +115,9 @@ def first_of_each_series(folder: Path) -> list[Path]:
     found: dict[str, Path] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         try:
-            found.setdefault(admit(path).series_uid, path)
+            instance = admit(path)
+            if not instance.is_structure_set:  # of which nothing is written but a label map
+                found.setdefault(instance.series_uid, path)
         except Refusal:
             continue
     return list(found.values())

@@ -56,3 +56,51 @@ def plant(folder: Path, schema: LabelSchema, *, seed: int = 1, modality: Modalit
     labels = SemanticMap(values, geometry, schema)
     tokens = write_planted_study(array, geometry, modality, labels, folder, seed=seed, hospital="Northgate")
     return Study(folder, tokens, labels, schema, array)
+
+
+def structures(drawn, *, images=(), series="1.2.3.4", frame="1.2.3.5", **header):
+    """Build an RTSTRUCT. ``drawn``: (name, code or "", [(points LPS [N, 3], type, image UID or ""), ...]), ..."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    def item(**values):
+        ds = Dataset()
+        for keyword, value in values.items():
+            setattr(ds, keyword, value)
+        return ds
+
+    def image(uid):
+        return item(ReferencedSOPClassUID="1.2.840.10008.5.1.4.1.1.2", ReferencedSOPInstanceUID=uid)
+
+    ds = item(SOPClassUID="1.2.840.10008.5.1.4.1.1.481.3", SOPInstanceUID="1.2.3.99", Modality="RTSTRUCT")
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.PatientID = "1.2.3.98", "1.2.3", "A1"
+    named = item(SeriesInstanceUID=series, ContourImageSequence=[image(uid) for uid in images])
+    ds.ReferencedFrameOfReferenceSequence = [
+        item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[item(RTReferencedSeriesSequence=[named])])
+    ]
+    ds.StructureSetROISequence, ds.ROIContourSequence, ds.RTROIObservationsSequence = [], [], []
+    for number, (name, code, contours) in enumerate(drawn, start=1):
+        ds.StructureSetROISequence.append(item(ROINumber=number, ROIName=name))
+        coded = [item(CodeValue=code, CodingSchemeDesignator="SCT", CodeMeaning="x")] if code else []
+        ds.RTROIObservationsSequence.append(
+            item(ObservationNumber=number, ReferencedROINumber=number, RTROIIdentificationCodeSequence=coded)
+        )
+        sequence = []
+        for points, kind, uid in contours:
+            values = np.round(np.asarray(points, float), 5).ravel().tolist()
+            contour = item(ContourGeometricType=kind, NumberOfContourPoints=len(points), ContourData=values)
+            if uid:
+                contour.ContourImageSequence = [image(uid)]
+            sequence.append(contour)
+        ds.ROIContourSequence.append(item(ReferencedROINumber=number, ContourSequence=sequence))
+    for keyword, value in header.items():
+        setattr(ds, keyword, value)
+    return ds
+
+
+@pytest.fixture(name="structures")
+def _structures():
+    return structures

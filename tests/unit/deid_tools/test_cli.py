@@ -69,3 +69,14 @@ def test_keys_show_nothing_and_differ_by_project():
     assert SiteKeys.derive(b"m" * 32, "b").uid != keys.uid
     with pytest.raises(ConfigError):
         SiteKeys.derive(b"short", "a")
+
+
+def test_names_lists_what_segments_are_called_and_become(study, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(study.schema.to_json()))
+    done = call("names", str(study.source), "--schema", str(schema), "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["becomes"] for row in rows} == {"liver", "Geschwür"}
+    plain = call("names", str(study.source), home=tmp_path)
+    assert plain.stdout.endswith("2 names, 2 unknown\n")

@@ -83,13 +83,31 @@ def test_an_engine_that_leaves_the_id_in_place_is_a_refusal(study, keys, monkeyp
 
 
 def test_an_engine_that_warns_is_a_refusal(study, keys, monkeypatch):
+    from deid_tools import engine
+
     cleaner = HeaderCleaner(keys)
-    parse = cleaner._parser.parse
+    parse = engine.Parser.parse
 
     def noisy(self, *args, **kwargs):
         print("WARNING something odd")
         parse(self, *args, **kwargs)
 
-    monkeypatch.setattr(cleaner._parser, "parse", noisy)
+    monkeypatch.setattr(engine.Parser, "parse", noisy)
     with pytest.raises(Refusal, match="engine warned"):
         cleaner.clean(first_image(study))
+
+
+def test_the_engine_is_asked_again_only_for_what_it_has_not_seen(study, keys, monkeypatch):
+    from deid_tools import engine
+
+    cleaner, fresh, seen = HeaderCleaner(keys), HeaderCleaner(keys), []
+    parse = engine.Parser.parse
+    monkeypatch.setattr(engine.Parser, "parse", lambda self: (seen.append(len(self.dicom)), parse(self)))
+    paths = sorted(p for p in study.source.rglob("*.dcm") if "SEG" not in p.name)
+    results = [cleaner.clean(read_strict(path)) for path in paths]
+    assert max(seen[1:]) < seen[0] / 2
+    seen.clear()
+    assert results[-1] == fresh.clean(read_strict(paths[-1]))
+    other = read_strict(paths[-1])
+    other.PatientID = "somebody else"
+    assert cleaner.clean(other).PatientID != results[-1].PatientID

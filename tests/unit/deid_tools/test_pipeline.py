@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +15,7 @@ from pydicom.dataset import Dataset
 from deid_tools.keys import SiteKeys
 from deid_tools.pipeline import deidentify, read_pairs
 from deid_tools.report import DeidReport
+from deid_tools.treatment import PixelPolicy
 from deid_tools.uids import new_uid, pseudonym
 from deid_tools.verify import verify_folder
 from medlsdm.errors import DataError
@@ -206,6 +208,67 @@ def test_what_the_header_cleaner_lets_through_is_caught_by_the_second_pass(study
     assert all("check of what was written" in r or "segments" in r for r in report.reasons())
 
 
+def test_a_banner_is_blanked_and_the_report_says_so_or_the_series_is_held(study, tmp_path, keys, monkeypatch):
+    monkeypatch.setattr("deid_tools.burned_in.MAX_BLANK_SHARE", 0.6)  # the study's images are 16 x 20
+    monkeypatch.setattr("deid_tools.pixels.LEGIBLE_PIXELS", 8)
+
+    def draw(ds):
+        pixels = ds.pixel_array.copy()
+        pixels[1:3, 2:18] = 3000
+        ds.PixelData = pixels.tobytes()
+
+    for path in images(study.source):
+        change(path, draw)
+    report = run(study, tmp_path, keys)
+    (series,) = report.series
+    assert series.pixels.text_boxes >= 1
+    assert report.to_json()["series"][0]["face"] == "no face in view"
+    for path in (tmp_path / "out").rglob("00*.dcm"):
+        ds = pydicom.dcmread(path)
+        assert (ds.pixel_array != 3000).all()
+        assert ds.BurnedInAnnotation == "NO"
+    assert verify_folder(tmp_path / "out") == []
+    held = deidentify(study.source, tmp_path / "held", keys, policy=PixelPolicy("quarantine"))
+    assert held.series == ()
+    assert any("text seems to be burned" in reason for reason in held.reasons())
+
+
+def test_a_head_that_cannot_be_told_is_held_unless_faces_may_stay(study, tmp_path, keys, monkeypatch):
+    monkeypatch.setattr("deid_tools.head.FACE_EXTENT_MM", 1.0)
+    for path in images(study.source):
+        change(path, lambda ds: setattr(ds, "BodyPartExamined", "HEAD"))
+    report = run(study, tmp_path, keys)
+    assert report.series == ()
+    assert any("no head could be told" in reason for reason in report.reasons())
+    kept = deidentify(study.source, tmp_path / "kept", keys, policy=PixelPolicy(faces=False))
+    assert len(kept.series) == 1
+    assert kept.series[0].pixels.face == "left as it is"
+
+
+@pytest.mark.real_data
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "place"), [("2_ORIGINAL", (0, 0, 28, 230)), ("0_ORIGINAL_compressed", (0, 0, 84, 815))]
+)
+def test_names_that_are_really_burned_in_are_found_whole(data, name, place, monkeypatch):
+    from deid_tools.pixels import TextSearch
+
+    monkeypatch.undo()  # tesseract is wanted here
+    if shutil.which("tesseract") is None:
+        pytest.skip("tesseract is not installed")
+    pixels = pydicom.dcmread(data / "dicom" / "burned-in" / f"{name}.dcm").pixel_array
+    search = TextSearch()
+    search.add(pixels[None])
+    hidden = np.zeros(pixels.shape, bool)
+    for top, left, bottom, right in search.found()[pixels.shape]:
+        hidden[top:bottom, left:right] = True
+    top, left, bottom, right = place
+    window = pixels[top:bottom, left:right].astype(int)
+    ink = np.abs(window - int(np.median(window))) > 0.5 * np.ptp(window)
+    assert hidden[top:bottom, left:right][ink].mean() > 0.99
+
+
 def test_a_nifti_label_map_is_matched_by_its_grid(study, tmp_path, keys, schema):
     (next(study.source.rglob("*SEG.dcm"))).unlink()
     flipped = np.diag([-1.0, 1, 1, 1])
@@ -301,17 +364,20 @@ def test_verify_finds_what_was_put_into_an_output_later(study, tmp_path, keys):
 
 @pytest.mark.real_data
 def test_the_real_folder_is_sorted_into_what_passes_and_what_is_held(data, tmp_path, keys, schema):
-    report = deidentify(data / "dicom", tmp_path / "out", keys)
+    report = deidentify(data / "dicom", tmp_path / "out", keys, policy=PixelPolicy(faces=False))
     assert sum(s.images for s in report.series) + sum(s.labels for s in report.series) + len(report.held) == (
         report.files_seen
     )
     assert report.reasons()["the SOP Class UID is missing, so nobody can tell what kind of object this is"] == 20
     assert sum(s.images for s in report.series) == 198
     assert verify_folder(tmp_path / "out") == []
-    reasons = [pair.reason for pair in read_pairs(tmp_path / "out", schema)]
-    assert sum("tilt" in r for r in reasons) == 1
-    assert sum("echoes" in r for r in reasons) == 2
-    assert sum("2 label maps" in r for r in reasons) == 1
+    pairs = list(read_pairs(tmp_path / "out", schema))
+    assert sum("a tilt of 18.5 degrees" in note for pair in pairs for note in pair.notes) == 2
+    several = [pair for pair in pairs if pair.token.count("/") == 2]
+    assert all(pair.scan for pair in several)
+    volumes = Counter(pair.token.rpartition("/")[0] for pair in several)
+    assert sorted(volumes.values()) == [2, 2, 4]  # thin and thick slices, magnitude and field map, four time points
+    assert sum("2 label maps" in pair.reason for pair in pairs) == 1
 
 
 @pytest.mark.real_data
@@ -344,10 +410,10 @@ def test_compressed_organs_and_their_labels_match_once_the_header_is_repaired(da
 def test_a_run_that_was_killed_resumes(study, tmp_path, keys, monkeypatch):
     from deid_tools import pipeline
 
-    def killed(self):
+    def killed(state):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline._Run, "segmentations", killed)
+    monkeypatch.setattr(pipeline, "segmentations", killed)
     with pytest.raises(KeyboardInterrupt):
         run(study, tmp_path, keys)
     monkeypatch.undo()

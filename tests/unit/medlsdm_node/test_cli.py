@@ -56,7 +56,18 @@ def refused(status: int, word: str, *arguments: str | Path, **environment: str) 
 
 @pytest.mark.parametrize(
     "command",
-    [("status",), ("ingest", "."), ("synthesise", "."), ("export", "--out", "out"), ("audit",), ("quarantine",)],
+    [
+        ("status",),
+        ("ingest", "."),
+        ("synthesise", "."),
+        ("export", "--out", "out"),
+        ("audit",),
+        ("quarantine",),
+        ("quarantine", "list"),
+        ("quarantine", "show", "F-0"),
+        ("quarantine", "release", "F-0"),
+        ("quarantine", "purge", "F-0", "--yes"),
+    ],
 )
 def test_there_is_no_node(tmp_path, command):
     refused(4, "init", *command, "--home", tmp_path / "none")
@@ -135,6 +146,13 @@ def test_a_demo_is_running(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(9, "running", "demo", "--out", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_nobody_is_allowed_to_send(home):
+    done = call("receive", "--home", home.root)
+    assert done.returncode == 4
+    assert "receive.yaml" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_node_that_is_busy(home, tmp_path):
@@ -227,9 +245,29 @@ def test_dicom_that_is_not_right_is_held_and_the_vault_stays(keeper, planted, tm
     assert list(keeper.run.glob("ingest-*")) == []
 
 
-def test_what_was_held_is_listed_with_its_reason(keeper):
-    rows = json.loads(call("quarantine", "--home", keeper.root, "--json").stdout)
-    assert all(set(row) == {"token", "path", "reason"} and len(row["reason"]) > 10 for row in rows)
+def test_what_was_held_is_listed_shown_released_and_purged(keeper, planted, tmp_path):
+    shutil.copytree(planted[0], tmp_path / "in")
+    images_before = images(tmp_path / "in")
+    truncate(tmp_path / "in", planted[1])
+    refused(10, "its series", "ingest", tmp_path / "in", "--home", keeper.root)
+
+    def ask(*arguments: str):
+        return json.loads(call("quarantine", *arguments, "--home", keeper.root, "--json").stdout)
+
+    rows = ask("list")
+    assert rows == ask()
+    assert all(set(row) == {"id", "origin", "reason", "files", "series", "since"} for row in rows)
+    assert all(len(row["reason"]) > 10 for row in rows)
+    (row,) = [r for r in rows if ask("show", r["id"])["paths"] == [str(images_before[2])]]
+    shutil.rmtree(tmp_path / "in")
+    refused(3, "is not there", "quarantine", "release", row["id"], "--home", keeper.root)
+    shutil.copytree(planted[0], tmp_path / "in")
+    assert ask("release", row["id"])["pairs"] == 1
+    assert row["id"] not in {r["id"] for r in ask("list")}
+    refused(2, "--yes", "quarantine", "purge", rows[0]["id"], "--home", keeper.root)
+    left = next(r for r in ask("list"))
+    assert ask("purge", left["id"], "--yes") == {"item": left["id"], "deleted": 0}
+    refused(3, "Nothing is held", "quarantine", "show", left["id"], "--home", keeper.root)
 
 
 def test_a_folder_that_is_empty_or_none(home, tmp_path):

@@ -1,0 +1,143 @@
+"""A few processes that work through many files, each file within a time limit.
+
+A file that brings a decoder down takes one process with it, not the program: the series is then held.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+from deid_tools.admit import Refusal
+from deid_tools.silence import silence_for_good
+
+FILE_SECONDS = 120
+CHUNK = 16
+_TOO_LONG = f"it takes longer than {FILE_SECONDS} seconds to work through"
+_BROKEN = "a process that worked on it died"
+
+_state: Any = None
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def time_limit(seconds: float = FILE_SECONDS) -> Iterator[None]:
+    """Raise a Refusal where the block takes longer; in the main thread only, elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Refusal(_TOO_LONG)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Crew:
+    """Run a function over jobs in processes of its own, in order; with one worker, in this process.
+
+    Args:
+        workers: How many processes.
+        here: What this process works with, where it does the work itself.
+        make: Makes what each other process works with; called once in each, with ``arguments``.
+        arguments: What ``make`` is called with; they must pickle.
+    """
+
+    def __init__(self, workers: int, here: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._workers, self._here = max(1, workers), here
+        self._make, self._arguments = make, arguments
+        self._pool: ProcessPoolExecutor | None = None
+
+    @property
+    def workers(self) -> int:
+        """Return how many processes there are."""
+        return self._workers
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def map(
+        self, work: Callable[[Any, Job], Result], jobs: Sequence[Job], *, seconds: float, isolate: bool = False
+    ) -> Iterator[Result]:
+        """Yield ``work(made, job)`` for each job, in order, two jobs a process ahead at most.
+
+        Args:
+            work: A function of a module; it gets what ``make`` made, and a job.
+            jobs: The jobs.
+            seconds: How long one job may take.
+            isolate: Leave even a single job to another process: decoders of compressed pixels may end it.
+
+        Raises:
+            Refusal: A process died or a job took too long.
+        """
+        if not isolate and (self._workers == 1 or len(jobs) < 2):
+            yield from (work(self._here, job) for job in jobs)
+            return
+        ahead: list[Future[Result]] = []
+        waiting = iter(jobs)
+        try:
+            for job in waiting:
+                ahead.append(self._submit(work, job))
+                if len(ahead) >= 2 * self._workers:
+                    yield ahead.pop(0).result(seconds)
+            while ahead:
+                yield ahead.pop(0).result(seconds)
+        except BrokenProcessPool:
+            self._pool = None
+            raise Refusal(_BROKEN) from None
+        except TimeoutError:
+            self._kill()
+            raise Refusal(_TOO_LONG) from None
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def _submit(self, work: Callable[[Any, Job], Result], job: Job) -> Future[Result]:
+        if self._pool is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([self._make.__module__, "deid_tools.run_images", "deid_tools.engine"])
+            self._pool = ProcessPoolExecutor(
+                self._workers, context, initializer=_set_up, initargs=(self._make, self._arguments)
+            )
+        return self._pool.submit(_work, work, job)
+
+    def _kill(self) -> None:
+        """End processes that do not come back."""
+        if self._pool is None:
+            return
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = None
+
+
+def _set_up(make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    global _state
+    silence_for_good()
+    _state = make(*arguments)
+
+
+def _work(work: Callable[[Any, Job], Result], job: Job) -> Result:
+    return work(_state, job)
+
+
+def chunks(jobs: Sequence[Job], size: int = CHUNK) -> list[Sequence[Job]]:
+    """Cut jobs into stretches of ``size``."""
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]

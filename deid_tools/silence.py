@@ -1,0 +1,34 @@
+"""Keep what other libraries say about a file off the screen and out of logs: they quote its values."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TALKATIVE = ("pydicom", "deid", "highdicom", "nibabel", "nibabel.global", "PIL")
+_NEVER = logging.CRITICAL + 1
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Hold back warnings and log records of the libraries that read files, whoever listens."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(_NEVER)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def silence_for_good() -> None:
+    """Do the same until this process ends."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(_NEVER)
+    warnings.simplefilter("ignore")

@@ -1,0 +1,107 @@
+"""Who may send to this node, and how much: ``receive.yaml``, which only the hospital writes."""
+
+from __future__ import annotations
+
+import ssl
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medlsdm.checks import write_atomic
+from medlsdm.errors import ConfigError
+from medlsdm_node.home import NodeHome
+
+DEFAULT_RECEIVE = """\
+# How a PACS pushes studies to this node (C-STORE). Nothing listens until 'calling' and 'addresses' name somebody.
+ae_title: MEDLSDM             # our AE title; a sender that calls another one is refused
+host: 127.0.0.1               # the address to listen on, such as that of the hospital's network card
+port: 11112
+calling: []                   # AE titles that may send, such as [PACS1, CT3]
+addresses: []                 # addresses or networks that may connect, such as [10.1.2.3, 10.1.4.0/24]
+tls: null                     # or {certificate: FILE, key: FILE, client_ca: FILE}; the CA of senders is optional
+max_associations: 8           # at the same time
+max_pdu_bytes: 262144
+max_instance_bytes: 4294967296        # 4 GiB: the pipeline reads no larger file
+max_association_bytes: 68719476736    # 64 GiB over one association, then 0xA700
+min_free_bytes: 10737418240           # with less free on the disk every instance is answered 0xA700
+quiet_seconds: 60             # a study is complete when nothing came for so long
+idle_seconds: 60              # an association that says nothing for so long is ended
+keep_hours: 24                # originals of a study that was taken in wait so long, sealed, for late instances
+"""
+
+
+class Tls(BaseModel):
+    """Name the certificate that we show, its key, and the CA that a sender's certificate must come from, if any."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Return a server's context, TLS 1.2 or newer.
+
+        Raises:
+            ConfigError: A file is missing, does not read, or others may read the key.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            if self.key.stat().st_mode & 0o077:
+                raise ConfigError("Others may read the TLS key of receive.yaml.", "Run: chmod 600 on it.")
+            context.load_cert_chain(self.certificate, self.key)
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError("A TLS file that receive.yaml names cannot be used.", "Check 'tls' in it.") from error
+        return context
+
+
+class ReceiveSettings(BaseModel):
+    """Hold the rules; see DEFAULT_RECEIVE for what each one means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    ae_title: str = Field(default="MEDLSDM", pattern=r"^[A-Za-z0-9_.-]{1,16}$")
+    host: str = "127.0.0.1"
+    port: int = Field(default=11112, ge=0, le=65535)
+    calling: tuple[str, ...] = ()
+    addresses: tuple[IPv4Network | IPv6Network, ...] = ()
+    tls: Tls | None = None
+    max_associations: int = Field(default=8, ge=1, le=100)
+    max_pdu_bytes: int = Field(default=1 << 18, ge=1 << 12, le=1 << 24)
+    max_instance_bytes: int = Field(default=4 << 30, ge=1)
+    max_association_bytes: int = Field(default=64 << 30, ge=1)
+    min_free_bytes: int = Field(default=10 << 30, ge=0)
+    quiet_seconds: float = Field(default=60, gt=0)
+    idle_seconds: float = Field(default=60, gt=0)
+    keep_hours: float = Field(default=24, ge=0)
+
+    def allows(self, address: str) -> bool:
+        """Tell whether an address may connect; an IPv4 address may come mapped into IPv6."""
+        found = ip_address(address.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        return any(found in network for network in self.addresses)
+
+
+def load_receive(home: NodeHome) -> ReceiveSettings:
+    """Read ``receive.yaml``; make it where there is none, and refuse while it allows nobody.
+
+    Raises:
+        ConfigError: It does not read, or names no sender.
+    """
+    path = home.root / "receive.yaml"
+    if not path.exists():
+        write_atomic(path, DEFAULT_RECEIVE.encode(), mode=0o600)
+    try:
+        settings = ReceiveSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("receive.yaml cannot be read (it is not YAML).", "Correct it.") from error
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ConfigError(f"receive.yaml cannot be read ({where}).", "Correct it.") from error
+    if not settings.calling or not settings.addresses:
+        raise ConfigError("receive.yaml allows nobody to send.", f"Name 'calling' and 'addresses' in {path}.")
+    return settings
