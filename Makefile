@@ -5,8 +5,9 @@
 # make bench-speed     steps and sampling against the published networks and MONAI's (pip install -e '.[bench]')
 # make bench-large     time and peak memory of large volumes within a budget (ten minutes of one core)
 # make bench-deid     planted identifiers, ten classes beside plain deid, slices a second (DATA=DIR: DICOM series)
+# make bench-pixels DATA=DIR  burned-in text found and hidden, false alarms on clean series (docs/deid-pixels.md)
 # make fuzz-deid      five thousand mutated real files through the de-identification (CASES=N, SEED=N)
-# make bench-geometry DATA=DIR  our volumes against dcm2niix's, series by series (docs/deid-geometry.md)
+# make bench-geometry  our volumes against dcm2niix's, series by series (docs/deid-geometry.md)
 # make test-peers      Debian's DICOM tools that some tests compare with (needs root)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -16,7 +17,7 @@ PLAN ?=
 CASES ?= 5000
 SEED ?= 1
 
-.PHONY: demo test check lint types unit bench-deid fuzz-deid bench-gate bench-geometry bench-large bench-speed test-peers clean
+.PHONY: demo test check lint types unit bench-deid fuzz-deid bench-gate bench-geometry bench-large bench-pixels bench-speed test-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,7 +53,10 @@ fuzz-deid: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/fuzz_deid.py $(if $(DATA),'$(DATA)') --cases $(CASES) --seed $(SEED)
 
 bench-geometry: $(VENV)/installed
-	$(BIN)/python tests/benchmarks/geometry.py '$(DATA)' --write docs/deid-geometry.md
+	$(BIN)/python tests/benchmarks/geometry.py $(if $(DATA),'$(DATA)') --write docs/deid-geometry.md
+
+bench-pixels: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/pixels.py '$(DATA)' $(if $(PIXEL_CASES),--cases $(PIXEL_CASES))
 
 bench-speed: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/speed.py --json runs/bench-speed.json
@@ -65,7 +69,7 @@ bench-model: $(VENV)/installed
 
 test-peers:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends dcmtk dicom3tools orthanc tesseract-ocr
+	apt-get install -y -qq --no-install-recommends dcmtk dicom3tools orthanc orthanc-dicomweb tesseract-ocr
 
 clean:
 	rm -rf $(VENV) demo-out .pytest_cache .ruff_cache

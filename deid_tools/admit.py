@@ -73,6 +73,11 @@ DAMAGED = "its header is damaged: a value that is needed is missing or malformed
 _UNSUPPORTED = "its transfer syntax is not supported (deflated, big endian, video or unknown)"
 
 
+Owner = tuple[str, str, str]
+"""Whose a file is: study UID, issuer of the patient ID, patient ID."""
+NOBODY: Owner = ("", "", "")
+
+
 class Refusal(Exception):
     """Carry the reason, in words, why a file or a series is held. Never leaves the package."""
 
@@ -80,6 +85,7 @@ class Refusal(Exception):
         super().__init__(reason)
         self.reason = reason
         self.series_uid = ""
+        self.owner = NOBODY
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -97,6 +103,12 @@ class Instance:
     refers_to: References | None
     compressed: bool = False
     moment: Moment | None = None
+    birth: str = ""
+
+    @property
+    def owner(self) -> Owner:
+        """Return whose it is."""
+        return self.study_uid, self.issuer, self.patient_id
 
     @property
     def is_segmentation(self) -> bool:
@@ -167,11 +179,11 @@ def admit(path: Path) -> Instance:
     try:
         return _admit(path, ds)
     except Refusal as refusal:
-        refusal.series_uid = _series_of(ds)
+        refusal.series_uid, refusal.owner = _series_of(ds), _owner_of(ds)
         raise
     except Exception:
         refusal = Refusal(DAMAGED)
-        refusal.series_uid = _series_of(ds)
+        refusal.series_uid, refusal.owner = _series_of(ds), _owner_of(ds)
         raise refusal from None
 
 
@@ -181,6 +193,14 @@ def _series_of(ds: Dataset) -> str:
         return _text(ds, "SeriesInstanceUID") if _text(ds, "SOPClassUID") in ADMITTED else ""
     except Exception:
         return ""
+
+
+def _owner_of(ds: Dataset) -> Owner:
+    """Return whose a refused file is, where that can be read."""
+    try:
+        return _text(ds, "StudyInstanceUID"), _text(ds, "IssuerOfPatientID"), _text(ds, "PatientID")
+    except Exception:
+        return NOBODY
 
 
 def _admit(path: Path, ds: Dataset) -> Instance:
@@ -214,6 +234,7 @@ def _admit(path: Path, ds: Dataset) -> Instance:
         found,
         compressed=_SYNTAXES[str(meta["TransferSyntaxUID"].value)] == "compressed",
         moment=moment(ds) if sop_class in IMAGE_CLASSES else None,
+        birth=_text(ds, "PatientBirthDate").replace(".", "") if sop_class in IMAGE_CLASSES else "",
     )
 
 

@@ -49,7 +49,11 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Describe one planted image: whose it is, its UIDs, its pixels' digest, and what must come through."""
+    """Describe one planted image: whose it is, its UIDs, its pixels' digest, and what must come through.
+
+    ``box`` is where text was drawn, and then the digest is of what stands there. ``near`` is where a
+    program may blank an image because another one of its series has text there; the digest is of the rest.
+    """
 
     name: str
     patient: str
@@ -62,6 +66,7 @@ class Source:
     pixels: str
     retained: dict[str, str]
     box: Box | None = None
+    near: Box | None = None
 
 
 @dataclass(slots=True)
@@ -111,9 +116,12 @@ def plant_series(
     for k, path in enumerate(files):
         ds = _read(path)
         pixels = _numbered(ds.pixel_array, len(key.sources))
-        box = None
-        if burned_in and k == len(files) // 2:
-            pixels, box = _burn(pixels, planter, scopes[2])
+        box = near = None
+        if burned_in:
+            drawn, place = _burn(pixels, planter, scopes[2])
+            near = (max(0, place[0] - 24), place[1] + 24, max(0, place[2] - 64), place[3] + 64)
+            if k == len(files) // 2:
+                pixels, box, near = drawn, place, None
         dress(ds, planter, scopes)
         ds.StudyInstanceUID = planter.uid(scopes[1], "StudyInstanceUID")
         ds.SeriesInstanceUID = planter.uid(scopes[2], "SeriesInstanceUID")
@@ -122,7 +130,7 @@ def plant_series(
         ds.PixelData = pixels.tobytes() + planter.value(scopes[2], "behind the pixels", "OB")
         target = folder / name / f"{planter.word(scopes[2], 'file name')}_{k + 1:04d}.dcm"
         save(ds, target, planter, scopes[2])
-        key.sources.append(_source(ds, pixels, f"{patient}, {study}, {series}, image {k + 1}", scopes, box))
+        key.sources.append(_source(ds, pixels, f"{patient}, {study}, {series}, image {k + 1}", scopes, box, near))
     key.add(planter)
 
 
@@ -145,7 +153,23 @@ def _numbered(pixels: NDArray[Any], number: int) -> NDArray[Any]:
     return pixels
 
 
-def _source(ds: Dataset, pixels: NDArray[Any], name: str, scopes: tuple[str, str, str], box: Box | None) -> Source:
+def outside(pixels: NDArray[Any], near: Box | None) -> NDArray[Any]:
+    """Return an image with nothing in a box."""
+    if near is None:
+        return pixels
+    pixels = pixels.copy()
+    pixels[..., near[0] : near[1], near[2] : near[3]] = 0
+    return pixels
+
+
+def _source(
+    ds: Dataset,
+    pixels: NDArray[Any],
+    name: str,
+    scopes: tuple[str, str, str],
+    box: Box | None,
+    near: Box | None,
+) -> Source:
     kept = {k: str(ds[k].value) for k in RETAINED if k in ds and ds[k].value not in (None, "")}
     return Source(
         name,
@@ -156,9 +180,10 @@ def _source(ds: Dataset, pixels: NDArray[Any], name: str, scopes: tuple[str, str
         ds.FrameOfReferenceUID,
         ds.PatientID,
         ds.StudyDate,
-        digest(pixels if box is None else pixels[box[0] : box[1], box[2] : box[3]]),
+        digest(outside(pixels, near) if box is None else pixels[box[0] : box[1], box[2] : box[3]]),
         kept,
         box,
+        near,
     )
 
 

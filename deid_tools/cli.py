@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,14 +94,21 @@ def run_command(
     face_pictures: Path | None = typer.Option(
         None, help="Write pictures of each face before and after to this folder; keep it inside the hospital."
     ),
+    evidence: Path | None = typer.Option(
+        None, help="Write what was done to each study to this private folder, with pictures; keep it in the hospital."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """De-identify every series under IN into OUT, and say what is held and why."""
+    from deid_tools.evidence import EvidenceFolder
     from deid_tools.keys import SiteKeys
     from deid_tools.pipeline import deidentify
     from deid_tools.recipes import load_recipe
+    from deid_tools.silence import no_core_dump
     from deid_tools.treatment import PixelPolicy
 
+    no_core_dump()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no working files stay behind
     if not source.is_dir():
         raise DataError("The source is not a folder.", "Check the path.")
     if face_pictures and (face_pictures.resolve() == out.resolve() or out.resolve() in face_pictures.resolve().parents):
@@ -111,12 +119,15 @@ def run_command(
     keys: SiteKeys = SiteKeys.derive(load_master_key(key or default_key_file()), project)
     with _progress() as progress:
         report = deidentify(
-            source, out, keys, schema=names, recipe=rules, policy=policy, progress=progress, workers=workers
-        )
+            source, out, keys, schema=names, recipe=rules, policy=policy, progress=progress, workers=workers,
+            evidence=EvidenceFolder(evidence) if evidence else None,
+        )  # fmt: skip
     if json and report.series:
         print_json(report.to_json())
     elif not json:
         _print_report(report)
+        if evidence:
+            print(f"{len(report.studies)} reports are in {evidence}; they show originals and stay in the hospital")
     if not report.series:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in report.reasons().items())
         raise QuarantineError(f"Nothing passed: {reasons}.", "Look at the reasons and export the series again.")
@@ -129,14 +140,18 @@ def verify(
     json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
 ) -> None:
     """Check every file of any folder with a reader and lists of its own; exit 10 if something is found."""
-    from deid_tools.verify import verify_folder
+    from dataclasses import asdict
+
+    from deid_tools.verify import conformance, verify_folder
     from medlsdm.checks import existing_folder
 
     findings = verify_folder(existing_folder(folder, "The folder"), whole_series=not quick)
+    notes = [] if quick else conformance(folder)
     if json:
-        said = [{"file": f.file, "reason": f.reason, "where": f.where} for f in findings]
-        print_json({"clean": not findings, "findings": said})
+        print_json({"clean": not findings, "findings": [*map(asdict, findings)], "notes": [*map(asdict, notes)]})
     else:
+        for note in notes:
+            print(f"note: {note.line()} (no identifier; originals often have such)")
         for finding in findings:
             print(finding.line())
         print("clean" if not findings else f"{len(findings)} findings")

@@ -6,6 +6,8 @@ A file that brings a decoder down takes one process with it, not the program: th
 from __future__ import annotations
 
 import multiprocessing
+import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 
 from deid_tools.admit import Refusal
 from deid_tools.silence import silence_for_good
+from medlsdm.errors import MedlsdmError
 
 FILE_SECONDS = 120
 CHUNK = 16
@@ -114,7 +117,7 @@ class Crew:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([self._make.__module__, "deid_tools.run_images", "deid_tools.engine"])
             self._pool = ProcessPoolExecutor(
-                self._workers, context, initializer=_set_up, initargs=(self._make, self._arguments)
+                self._workers, context, initializer=_set_up, initargs=(os.getpid(), self._make, self._arguments)
             )
         return self._pool.submit(_work, work, job)
 
@@ -128,14 +131,29 @@ class Crew:
         self._pool = None
 
 
-def _set_up(make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _set_up(leader: int, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     global _state
     silence_for_good()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)  # compiled decoders write there themselves
+    threading.Thread(target=_end_with, args=(os.pidfd_open(leader),), daemon=True).start()
     _state = make(*arguments)
 
 
+def _end_with(leader: int) -> None:
+    """End this process when the one that it works for is gone, even if that was killed: it holds patients' headers."""
+    select.select([leader], [], [])
+    os._exit(1)
+
+
 def _work(work: Callable[[Any, Job], Result], job: Job) -> Result:
-    return work(_state, job)
+    try:
+        return work(_state, job)
+    except (Refusal, MedlsdmError, OSError, MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException:  # whatever else it is, it might not even travel back: a panic of a compiled decoder does not
+        raise Refusal(_BROKEN) from None
 
 
 def chunks(jobs: Sequence[Job], size: int = CHUNK) -> list[Sequence[Job]]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 _WORD = re.compile(r"\d\.\d+[a-z]*|[^\W_]+", re.IGNORECASE)
-_MEASURE = re.compile(r"[1-7]d|t[12]w?|(?:\d{1,2}|\d\.\d{1,2})(?:mm|cm|t)|b\d{1,4}")
+_MEASURE = re.compile(r"[1-7]d|t[12]w?|(?:\d{1,2}|\d\.\d{1,2})(?:mm|cm|t)|b(?:0|[1-9]\d{0,2}0)")
 _PARTS = re.compile(r"[\W\d_]+")
 
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deid_tools.admit import Refusal
 
 MAX_DEPTH = 8
@@ -19,6 +22,7 @@ _SHORT = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _UNDEFINED = 0xFFFFFFFF
 _ITEM = 0xFFFEE000
+_SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _MALFORMED = "the written file is not well formed"
 
 
@@ -125,3 +129,21 @@ def _items(view: memoryview, at: int, end: int, depth: int) -> tuple[tuple[Eleme
         items.append(_elements(view, at + 8, at + 8 + length, depth))
         at += 8 + length
     return tuple(items)
+
+
+def frames_of(written: WrittenFile) -> NDArray[np.generic] | None:
+    """Return the pixels of an image [frames, row, column]; of a segmentation, nothing."""
+    kind, pixels = written.find(0x00080016), written.find(0x7FE00010)
+    if kind is None or pixels is None or kind.text() in _SEGMENTATIONS:
+        return None
+    rows, columns, bits, signed = (_number(written, t) for t in (0x00280010, 0x00280011, 0x00280100, 0x00280103))
+    dtype = np.dtype(f"<{'i' if signed else 'u'}{bits // 8}")
+    frames = len(pixels.value) // (dtype.itemsize * rows * columns)
+    return np.frombuffer(pixels.value, dtype, count=frames * rows * columns).reshape(frames, rows, columns)
+
+
+def _number(written: WrittenFile, tag: int) -> int:
+    element = written.find(tag)
+    if element is None:
+        raise ValueError("the pixels have no grid")
+    return struct.unpack("<H", element.value)[0]

@@ -5,91 +5,113 @@ A picture shows a patient's face. It stays inside the node and is written nowher
 
 from __future__ import annotations
 
-import os
-import struct
-import zlib
+import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deid_tools.filters import filters
 from deid_tools.head import Coarse, body
+from deid_tools.png import write_private
 
-_PIXEL_MM = 1.0
-_GAP = 4
+_PIXEL_MM = 1.5
+_SMOOTH_MM = 2.0
+_BAR_MM = 50.0
+_DPI = 110
+_VIEWS = ("from the front", "from the right", "middle slice")
+_ROWS = ("before", "after")
+_NOTE = "The upper row shows a patient's face: keep this picture inside the hospital."
+
+
+@dataclass(frozen=True, slots=True)
+class _Upright:
+    """Hold a volume on even voxels with its axes along R, A, S: its values, its skin, and what was cut."""
+
+    values: NDArray[np.float32]
+    skin: NDArray[np.float32]
+    cut: NDArray[np.bool_]
 
 
 def write_picture(path: Path, volume: Coarse, cut: NDArray[np.bool_]) -> None:
     """Write a PNG with two rows, before and after: the front, the side, and the slice in the middle."""
-    values, spacing, turned = _upright(volume, cut)
-    air = float(values.min())
-    skin = _upright(volume, body(volume))[2]
+    upright = _upright(volume, cut)
+    air = float(upright.values.min())
+    middle = upright.values.shape[0] // 2
     rows = []
-    for kept in (np.ones_like(turned), ~turned):
-        shown = np.where(kept, values, air)
-        rows.append(
-            _beside(
-                [
-                    _enlarge(_relief(skin & kept, 1, spacing), spacing[0], spacing[2]),
-                    _enlarge(_relief(skin & kept, 0, spacing), spacing[1], spacing[2]),
-                    _enlarge(_slice(shown, volume.hu), spacing[1], spacing[2]),
-                ]
-            )
-        )
-    _write_png(path, np.concatenate(rows))
+    for kept in (np.ones_like(upright.cut), ~upright.cut):
+        skin = np.where(kept, upright.skin, 0.0)
+        shown = np.where(kept[middle], upright.values[middle], air)
+        rows.append([_relief(skin, 1), _relief(skin, 0), _grey(shown, volume.hu)])
+    _draw(path, rows)
 
 
-def _upright(volume: Coarse, mask: NDArray[np.bool_]) -> tuple[Any, Any, Any]:
-    """Turn a volume's axes to the nearest of R, A, S."""
+def _upright(volume: Coarse, cut: NDArray[np.bool_]) -> _Upright:
+    """Turn a volume's axes to the nearest of R, A, S, and sample it evenly."""
+    ndimage = filters()
     linear = volume.affine[:3, :3]
     order = [int(np.abs(linear[0]).argmax()), 0, 0]
     rest = [axis for axis in range(3) if axis != order[0]]
     order[1] = max(rest, key=lambda axis: abs(float(linear[1, axis])))
     order[2] = next(axis for axis in rest if axis != order[1])
     flips = tuple(n for n, axis in enumerate(order) if linear[n, axis] < 0)
-    values = np.flip(np.transpose(volume.values, order), flips)
-    return values, volume.spacing[order], np.flip(np.transpose(mask, order), flips)
+    factors = volume.spacing[order] / _PIXEL_MM
+
+    def even(array: NDArray[Any]) -> NDArray[np.float32]:
+        turned = np.flip(np.transpose(array.astype(np.float32), order), flips)
+        return np.asarray(ndimage.zoom(turned, factors, order=1, mode="nearest", grid_mode=True))
+
+    skin = ndimage.gaussian_filter(even(body(volume)), _SMOOTH_MM / _PIXEL_MM)
+    return _Upright(even(volume.values), skin, even(cut) > 0.5)
 
 
-def _relief(skin: NDArray[np.bool_], axis: int, spacing: Any) -> NDArray[np.uint8]:
-    """Shade the surface seen from the front (axis 1) or from the right (axis 0)."""
-    seen = np.flip(skin, axis)
-    hit = seen.any(axis)
-    depth = np.where(hit, seen.argmax(axis) * float(spacing[axis]), np.nan)
-    other = [spacing[a] for a in range(3) if a != axis]
-    slope_x, slope_y = np.gradient(np.where(hit, depth, np.nanmax(depth) if hit.any() else 0.0), *other)
-    light = (0.3 * slope_x + 0.4 * slope_y + 1.0) / np.sqrt(slope_x**2 + slope_y**2 + 1.0)
-    return np.where(hit, np.clip(40 + 180 * light, 30, 255), 0).astype(np.uint8)
+def _relief(skin: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Shade the surface seen from the front (axis 1) or from the right (axis 0), as [up, across]."""
+    solid = np.flip(skin > 0.5, axis)
+    hit = solid.any(axis)
+    depth = np.where(hit, solid.argmax(axis) * _PIXEL_MM, np.nan)
+    farthest = float(np.nanmax(depth)) if hit.any() else 0.0
+    level = filters().gaussian_filter(np.where(hit, depth, farthest), 1.0)
+    across, up = np.gradient(level, _PIXEL_MM)
+    light = (0.25 * across + 0.45 * up + 1.0) / np.sqrt(across**2 + up**2 + 1.0)
+    shaded = np.flipud(np.where(hit, np.clip(0.15 + 0.7 * light, 0.1, 1.0), 0.0).T.astype(np.float32))
+    return np.fliplr(shaded) if axis == 1 else shaded  # who looks from the front sees the right on the left
 
 
-def _slice(values: NDArray[np.float32], hu: bool) -> NDArray[np.uint8]:
-    low, high = (-150.0, 250.0) if hu else (float(values.min()), float(np.percentile(values, 99)))
-    middle = values[values.shape[0] // 2]
-    return np.clip((middle - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+def _grey(values: NDArray[np.float32], hu: bool) -> NDArray[np.float32]:
+    low, high = (-150.0, 250.0) if hu else (float(values.min()), float(np.percentile(values, 99.5)))
+    return np.flipud(np.clip((values - low) / max(high - low, 1e-6), 0, 1).T)
 
 
-def _enlarge(picture: NDArray[np.uint8], width_mm: float, height_mm: float) -> NDArray[np.uint8]:
-    """Turn [across, up] to rows from the top, at 1 mm a pixel."""
-    wide, high = (max(1, round(float(v) / _PIXEL_MM)) for v in (width_mm, height_mm))
-    return np.repeat(np.repeat(np.flipud(picture.T), high, 0), wide, 1)
+def _draw(path: Path, rows: list[list[NDArray[np.float32]]]) -> None:
+    """Set the pictures [up, across] side by side with their names and a bar for scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-
-def _beside(pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    height = max(p.shape[0] for p in pictures) + _GAP
-    padded = [np.pad(p, ((0, height - p.shape[0]), (0, _GAP))) for p in pictures]
-    return np.concatenate(padded, axis=1)
-
-
-def _write_png(path: Path, grey: NDArray[np.uint8]) -> None:
-    """Write an 8-bit grey PNG that only the owner may read (ISO/IEC 15948; no text, no time)."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    lines = b"".join(b"\0" + row.tobytes() for row in grey)
-    header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-        stream.write(content)
+    widths = [max(picture.shape[1], 2) for picture in rows[0]]
+    height = max(picture.shape[0] for picture in rows[0])
+    scale = 3.0 / max(*widths, height)
+    figure = Figure(figsize=(sum(widths) * scale + 0.7, 2 * height * scale + 0.9), dpi=_DPI, facecolor="black")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2, len(_VIEWS), width_ratios=widths, left=0.06, right=0.995, top=0.93, bottom=0.07, wspace=0.03, hspace=0.03
+    )
+    for n, pictures in enumerate(rows):
+        for k, picture in enumerate(pictures):
+            axes = figure.add_subplot(grid[n, k], facecolor="black", xticks=[], yticks=[])
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+            axes.spines[:].set_color("0.35")
+            if n == 0:
+                axes.set_title(_VIEWS[k], color="white", fontsize=9)
+            if k == 0:
+                axes.set_ylabel(_ROWS[n], color="white", fontsize=11)
+    bar = _BAR_MM / _PIXEL_MM
+    axes, picture = figure.axes[-1], rows[-1][-1]
+    axes.plot([2, 2 + bar], [picture.shape[0] - 4] * 2, color="white", linewidth=2)
+    axes.text(2 + bar / 2, picture.shape[0] - 7, f"{_BAR_MM:.0f} mm", color="white", fontsize=7, ha="center")
+    figure.text(0.5, 0.015, _NOTE, color="0.75", fontsize=7, ha="center")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", facecolor="black", metadata={"Software": None})
+    write_private(path, content.getvalue())

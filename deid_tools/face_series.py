@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +24,18 @@ from deid_tools.faces import (
     face_cut,
     mask_points,
 )
-from deid_tools.head import Coarse, Dome, Mask, body, face_in_view, find_brain, find_dome
+from deid_tools.head import Coarse, Dome, Mask, body, face_in_view, find_brain, find_dome, too_small
 from deid_tools.modules import add_stamp
-from deid_tools.staged import read_staged, write_staged
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
+from deid_tools.slices import Frame, read_frames
+from deid_tools.staged import read_frames_of, read_staged, write_content, write_staged
+from medlsdm.errors import GeometryError
 
 COARSE_MM = 3.0
 CLOSEST_SHARE = 0.31
+ADULT_MM, SMALLEST_SCALE = 82.0, 0.7
 _AIR_HU = -1000.0
+_ALIKE = 1e-2
+_LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 _UNSURE = (
     "it is said to show a head, but no head could be told well enough to remove its face;"
     " give a label map of the brain, or say that faces may stay"
@@ -46,6 +50,7 @@ class FaceOutcome:
     outcome: str
     guard: str = ""
     share: float = 0.0
+    cuts: tuple[FaceCut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class _Place:
     corner: NDArray[np.float64]
     down: NDArray[np.float64]
     across: NDArray[np.float64]
+    shape: tuple[int, int]
     slope: float
     intercept: float
 
@@ -68,6 +74,7 @@ def deface(
     declared: bool,
     brain: LabelledBrain | None = None,
     picture: Path | None = None,
+    frames: Sequence[Frame] | None = None,
 ) -> FaceOutcome:
     """Remove the face from a series, where one is in view.
 
@@ -77,31 +84,62 @@ def deface(
         declared: Whether the original header says head or brain; then doubt is a refusal.
         brain: What is labelled as brain; the cut never touches it. A part of a brain is a guard too.
         picture: Where to write the picture of before and after.
+        frames: Where the frames of the files lie; read from them where it is not given.
 
     Raises:
         Refusal: A head is declared or labelled, and its face cannot be found.
     """
-    places = [place for path in files for place in _places(path)]
+    places = [_place(frame, files) for frame in (_read_places(files) if frames is None else frames)]
+    outcomes = []
+    for k, group in enumerate(_by_direction(places) or [[]]):
+        drawn = picture.with_stem(f"{picture.stem}-{k + 1}") if picture and k else picture
+        outcomes.append(_deface_stack(group, hu, declared, brain, drawn))
+    said = max(outcomes, key=lambda outcome: ("no head", "no face in view", "removed").index(outcome.outcome))
+    return replace(said, cuts=tuple(cut for outcome in outcomes for cut in outcome.cuts))
+
+
+def _by_direction(places: list[_Place]) -> list[list[_Place]]:
+    """Gather frames of one size whose rows and columns run alike: a stack each."""
+    groups: list[list[_Place]] = []
+    for place in places:
+        for group in groups:
+            turned = np.abs(place.down - group[0].down).max() + np.abs(place.across - group[0].across).max()
+            if turned <= _ALIKE and place.shape == group[0].shape:
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups
+
+
+def _deface_stack(
+    places: list[_Place], hu: bool, declared: bool, brain: LabelledBrain | None, picture: Path | None
+) -> FaceOutcome:
     stack = _stack(places)
     if stack is None:
         if declared or brain is not None:
             raise Refusal(_NO_STACK)
         return FaceOutcome("no head")
-    volume, fill = _coarse(*stack, hu)
+    slices, step = stack
+    down, across = (float(np.linalg.norm(v)) for v in (places[0].down, places[0].across))
+    rows, columns = places[0].shape
+    if too_small(len(slices) * float(np.linalg.norm(step)), rows * down, columns * across):
+        return FaceOutcome("no face in view")
+    volume, fill = _coarse(slices, step, hu)
     skin = body(volume)
     if not face_in_view(volume, skin):
         return FaceOutcome("no face in view")
-    dome = find_dome(volume, skin)
+    dome = find_dome(volume, skin, small=declared)
     if dome is None and not (brain and brain.whole):
         if declared or brain is not None:
             raise Refusal(_UNSURE)
         return FaceOutcome("no head")
     cut, guard = _cut(volume, skin, dome, brain)
     beyond = cut.removes(volume.along(1), volume.along(2))
-    _clear(files, places, cut, fill, hu)
+    _clear(places, cut, fill, hu)
     if picture is not None:
         write_picture(picture, volume, beyond)
-    return FaceOutcome("removed", guard, float((beyond & skin).sum() / skin.sum()))
+    return FaceOutcome("removed", guard, float((beyond & skin).sum() / skin.sum()), (cut,))
 
 
 def _cut(volume: Coarse, skin: Mask, dome: Dome | None, brain: LabelledBrain | None) -> tuple[FaceCut, str]:
@@ -110,54 +148,38 @@ def _cut(volume: Coarse, skin: Mask, dome: Dome | None, brain: LabelledBrain | N
         return known, "labels"
     assert dome is not None
     outer = tuple((float(angle), dome.reach(angle)) for angle in ANGLES_DEGREES)
-    cut, guard = FaceCut(tuple((angle, limit + MARGIN_DOME_MM) for angle, limit in outer)), "dome of the skin"
+    scale = float(np.clip(dome.half[1] / ADULT_MM, SMALLEST_SCALE, 1.0))  # a small head has a small face
+    margin = scale * MARGIN_DOME_MM
+    cut, guard = FaceCut(tuple((angle, limit + margin) for angle, limit in outer)), "dome of the skin"
     found = find_brain(volume, skin, dome)
     if found is not None:
         near = FaceCut(tuple((angle, limit - CLOSEST_SHARE * dome.half[1]) for angle, limit in outer))
-        cut, guard = face_cut(mask_points(found, volume.affine), MARGIN_ESTIMATE_MM).joined(near), "brain estimate"
+        cut, guard = (
+            face_cut(mask_points(found, volume.affine), scale * MARGIN_ESTIMATE_MM).joined(near),
+            "brain estimate",
+        )
     return (cut.joined(known), f"{guard} and labels") if known is not None else (cut, guard)
 
 
-def _places(path: Path) -> list[_Place]:
-    ds = read_strict(path, headers_only=True)
-    try:
-        if "PerFrameFunctionalGroupsSequence" not in ds:
-            return [_place(path, 0, ds, ds, ds, ds)]
-        shared = ds.SharedFunctionalGroupsSequence[0]
-        found = []
-        for n, own in enumerate(ds.PerFrameFunctionalGroupsSequence):
-            groups = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
-            position, orientation, measures = (_group(shared, own, name) for name in groups)
-            found.append(
-                _place(
-                    path, n, position, orientation, measures, _group(shared, own, "PixelValueTransformationSequence")
-                )
-            )
-        return found
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        return []
+def _read_places(files: list[Path]) -> list[Frame]:
+    found = []
+    for k, path in enumerate(files):
+        with suppress(GeometryError):  # an image that does not say where it lies joins no stack
+            found += read_frames(read_strict(path, headers_only=True), k)
+    return found
 
 
-def _group(shared: Dataset, own: Dataset, name: str) -> Dataset:
-    from pydicom.dataset import Dataset
-
-    items = own.get(name, None) or shared.get(name, None)
-    return items[0] if items else Dataset()
-
-
-def _place(path: Path, frame: int, position: Any, orientation: Any, measures: Any, scaling: Any) -> _Place:
-    flip = np.array([-1.0, -1.0, 1.0])
-    directions = np.array([float(v) for v in orientation.ImageOrientationPatient]).reshape(2, 3) * flip
-    down_mm, across_mm = (float(v) for v in measures.PixelSpacing)
-    slope, intercept = scaling.get("RescaleSlope", None), scaling.get("RescaleIntercept", None)
+def _place(frame: Frame, files: list[Path]) -> _Place:
+    directions = frame.orientation.reshape(2, 3) * _LPS_TO_RAS
     return _Place(
-        path,
-        frame,
-        np.array([float(v) for v in position.ImagePositionPatient]) * flip,
-        directions[1] * down_mm,
-        directions[0] * across_mm,
-        1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept),
+        files[frame.source],
+        frame.index,
+        frame.position * _LPS_TO_RAS,
+        directions[1] * frame.spacing[0],
+        directions[0] * frame.spacing[1],
+        frame.shape,
+        frame.slope,
+        frame.intercept,
     )
 
 
@@ -166,8 +188,6 @@ def _stack(places: list[_Place]) -> tuple[list[list[_Place]], NDArray[np.float64
     if len(places) < 2:
         return None
     first = places[0]
-    if any(np.abs(p.down - first.down).max() + np.abs(p.across - first.across).max() > 1e-2 for p in places):
-        return None
     normal = np.cross(first.across, first.down)
     normal /= np.linalg.norm(normal)
     slices: dict[int, list[_Place]] = {}
@@ -186,13 +206,13 @@ def _coarse(slices: list[list[_Place]], step: NDArray[np.float64], hu: bool) -> 
     n, m, k = (max(1, round(COARSE_MM / float(size))) for size in sizes)
     planes: list[NDArray[np.float32]] = []
     border: list[NDArray[Any]] = []
-    path, frames = first.path, read_staged(first.path)[1]
+    path, frames = None, np.empty(0)
     for start in range(0, len(slices), n):
         total: Any = 0.0
         group = [place for listed in slices[start : start + n] for place in listed]
         for place in group:
             if path != place.path:
-                path, frames = place.path, read_staged(place.path)[1]
+                path, frames = place.path, read_frames_of(place.path)
             frame = frames[place.frame]
             border.append(np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]]))
             rows, columns = frame.shape[0] // m * m, frame.shape[1] // k * k
@@ -206,20 +226,64 @@ def _coarse(slices: list[list[_Place]], step: NDArray[np.float64], hu: bool) -> 
     return Coarse(np.stack(planes), affine, hu), float(values[counts.argmax()])
 
 
-def _clear(files: list[Path], places: list[_Place], cut: FaceCut, fill: float, hu: bool) -> None:
+def _clear(places: list[_Place], cut: FaceCut, fill: float, hu: bool) -> None:
     """Put air, or the background's value, beyond the cut on every frame, and stamp every file."""
-    for path in files:
+    by_file: dict[Path, list[_Place]] = {}
+    for place in places:
+        by_file.setdefault(place.path, []).append(place)
+    for path, inside in by_file.items():
         ds, frames = read_staged(path)
-        for place in (p for p in places if p.path == path):
+        for place in inside:
             frame = frames[place.frame]
-            rows, columns = (np.arange(n) for n in frame.shape)
-            ahead, up = (
-                place.corner[axis] + rows[:, None] * place.down[axis] + columns[None, :] * place.across[axis]
-                for axis in (1, 2)
-            )
             value = (_AIR_HU - place.intercept) / place.slope if hu else fill
             limits = np.iinfo(frame.dtype)
-            frame[cut.removes(ahead, up)] = round(min(max(value, limits.min), limits.max))
+            frame[_beyond(place, cut)] = round(min(max(value, limits.min), limits.max))
         ds.RecognizableVisualFeatures = "NO"
         add_stamp(ds, CODE)
         write_staged(ds, frames, path)
+
+
+def _beyond(place: _Place, cut: FaceCut) -> Mask:
+    """Return the pixels [Y, X] of a frame that lie beyond a cut."""
+    rows, columns = (np.arange(n) for n in place.shape)
+    ahead, up = (
+        place.corner[axis] + rows[:, None] * place.down[axis] + columns[None, :] * place.across[axis] for axis in (1, 2)
+    )
+    return cut.removes(ahead, up)
+
+
+def clear_segmentation(path: Path, cuts: Sequence[FaceCut]) -> None:
+    """Empty a staged DICOM SEG where the face of its series was cut away: an outline of skin shows a face too.
+
+    Raises:
+        Refusal: It does not say where its frames lie.
+    """
+    from pydicom.pixels.utils import pack_bits
+
+    ds = read_strict(path)
+    try:
+        frames = read_frames(ds, 0)
+        labels = np.asarray(ds.pixel_array).reshape(len(frames), *frames[0].shape).copy()
+    except (GeometryError, ValueError, AttributeError, IndexError):
+        raise Refusal("it does not say where its frames lie, and its series had a face that was removed") from None
+    for frame in frames:
+        for cut in cuts:
+            labels[frame.index][_beyond(_place(frame, [path]), cut)] = 0
+    if np.array_equal(labels.ravel(), np.asarray(ds.pixel_array).ravel()):
+        return
+    add_stamp(ds, CODE)
+    raw = pack_bits(labels.ravel()) if int(ds.BitsAllocated) == 1 else labels.tobytes()
+    write_content(ds, raw, path)
+
+
+def without_face(labels: NDArray[Any], affine: NDArray[np.float64], cuts: Sequence[FaceCut]) -> NDArray[Any]:
+    """Return a label map [X, Y, Z] that is empty where the face of its series was cut away."""
+    if not cuts:
+        return labels
+    labels = labels.copy()
+    i, j = np.arange(labels.shape[0])[:, None], np.arange(labels.shape[1])[None, :]
+    for k in range(labels.shape[2]):
+        ahead, up = (affine[a, 0] * i + affine[a, 1] * j + affine[a, 2] * k + affine[a, 3] for a in (1, 2))
+        for cut in cuts:
+            labels[:, :, k][cut.removes(ahead, up)] = 0
+    return labels

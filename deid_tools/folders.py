@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deid_tools.admit import MAX_FILES
@@ -34,8 +36,28 @@ def check_output(source: Path, out: Path) -> None:
             )
 
 
-def check_same_run(out: Path, recipe_sha256: str, key_id: str) -> None:
-    """Raise DataError if an earlier run wrote into ``out`` with another recipe or key: the two must not mix."""
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Make the output folder, and keep other runs out of it: they would take each other's working files.
+
+    Raises:
+        DataError: Another run is at work there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError(
+            "Another run writes into the output folder.", "Wait for it, or choose another folder."
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def check_same_run(out: Path, recipe_sha256: str, key_id: str, pixel_policy: str) -> None:
+    """Raise DataError if an earlier run wrote into ``out`` with other settings: the two must not mix."""
     if not (out / "report.json").exists():
         return
     earlier = json.loads((out / "report.json").read_text())
@@ -49,15 +71,23 @@ def check_same_run(out: Path, recipe_sha256: str, key_id: str) -> None:
             "The output folder was made with another recipe or other options.",
             "Choose an empty output folder, or give the recipe and options of the earlier run.",
         )
+    if earlier.get("pixel_policy", pixel_policy) != pixel_policy:
+        raise DataError(
+            "The output folder was made with other settings for text and faces, or with or without tesseract.",
+            "Choose an empty output folder, or give the settings of the earlier run.",
+        )
 
 
-def start_output(out: Path, recipe_sha256: str, key_id: str) -> None:
+def start_output(out: Path, recipe_sha256: str, key_id: str, pixel_policy: str) -> None:
     """Mark the folder as ours before anything is in it, so that a run that was killed can resume."""
-    out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob(".working-*"):
-        shutil.rmtree(leftover)
+        if leftover.is_symlink() or not leftover.is_dir():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
     if not (out / "report.json").exists():
         mark = {"program": PROGRAM, "finished": False, "recipe_sha256": recipe_sha256, "key_id": key_id}
+        mark["pixel_policy"] = pixel_policy
         write_atomic(out / "report.json", json.dumps(mark).encode())
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deid_tools.admit import Refusal
 from deid_tools.keys import SiteKeys
 from deid_tools.nested import clean_segment, code_meaning, code_of, coded
+from deid_tools.numbers import may_stay, within_length
 from deid_tools.terms import FRAME_TERMS, TERMS
 from deid_tools.transforms import as_text
 from deid_tools.uids import new_uid
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Tree = dict[str, "Tree | None"]
 NOT_STATED = "not stated"
 DUMMY_MOMENT = "19000101000000"
-_NUMBERS = ("DS", "IS", "FD", "FL", "US", "UL", "SS", "SL", "AT")
+_NUMBERS = ("DS", "IS", "FD", "FL", "US", "UL", "SS", "SL")
 _STACK = re.compile(r"\d{1,4}")
 
 
@@ -194,7 +195,11 @@ class _Copier:
         if element.VR == "UI":
             setattr(target, keyword, "\\".join(new_uid(self._keys, uid) for uid in as_text(value).split("\\")))
         elif element.VR in _NUMBERS:
-            setattr(target, keyword, value)
+            if may_stay(element):
+                setattr(target, keyword, within_length(element.VR, value))
+        elif element.VR == "AT":
+            if _is_listed(value):
+                setattr(target, keyword, value)
         elif element.VR == "CS":
             _take_terms(element, target)
         elif element.VR == "DT":
@@ -208,6 +213,13 @@ class _Copier:
             setattr(target, keyword, NOT_STATED)
         else:
             raise Refusal("a nested value is not of the type that the standard gives it")
+
+
+def _is_listed(pointer: Any) -> bool:
+    """Tell whether a pointer names one attribute, of the dictionary or a maker's: else its four bytes may be a text."""
+    from pydicom.datadict import dictionary_has_tag
+
+    return isinstance(pointer, int) and (dictionary_has_tag(pointer) or (pointer >> 16) % 2 == 1)
 
 
 def _take_terms(element: Any, target: Dataset) -> None:

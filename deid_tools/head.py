@@ -18,6 +18,7 @@ FACE_EXTENT_MM = 70.0
 _LEVEL_MM = (55.0, 90.0)
 _MIN_AREA_MM2 = 400.0
 _LENGTH_MM, _WIDTH_MM, _RATIO = (125.0, 240.0), (95.0, 195.0), (0.6, 1.0)
+_SMALL = 0.72
 _HEIGHT_SHARE = 0.4
 _DOME = 0.86
 _OPENINGS_MM = (4.5, 6.0, 7.5)
@@ -86,6 +87,11 @@ def body(volume: Coarse) -> Mask:
     return largest
 
 
+def too_small(*extents_mm: float) -> bool:
+    """Tell whether a volume is so short along an axis that it shows no face."""
+    return min(extents_mm) < FACE_EXTENT_MM
+
+
 def face_in_view(volume: Coarse, skin: Mask) -> bool:
     """Tell whether the body reaches far enough along R, A and S for a face to be in view."""
     if not skin.any():
@@ -93,10 +99,19 @@ def face_in_view(volume: Coarse, skin: Mask) -> bool:
     return all(float(np.ptp(volume.along(axis)[skin])) >= FACE_EXTENT_MM for axis in range(3))
 
 
-def find_dome(volume: Coarse, skin: Mask) -> Dome | None:
-    """Lay an ellipsoid into the top of a head; None where the body does not end like one."""
+def find_dome(volume: Coarse, skin: Mask, *, small: bool = False) -> Dome | None:
+    """Lay an ellipsoid into the top of a head; None where the body does not end like one.
+
+    ``small`` allows a newborn's head; a shoulder may be as large, so it is for what is said to be a head.
+    """
     if not skin.any():
         return None
+    dome = _laid(volume, skin, 1.0)
+    return _laid(volume, skin, _SMALL) if small and dome is None else dome
+
+
+def _laid(volume: Coarse, skin: Mask, scale: float) -> Dome | None:
+    """Lay an ellipsoid into the top of a head of an adult's size times ``scale``, or larger."""
     right, forward, upward = (np.broadcast_to(volume.along(a), skin.shape)[skin] for a in range(3))
     voxel = float(abs(np.linalg.det(volume.affine[:3, :3])))
     step = 4.0
@@ -105,13 +120,13 @@ def find_dome(volume: Coarse, skin: Mask) -> Dome | None:
     if not len(wide):
         return None
     vertex = float(edges[wide[-1] + 1])
-    level = (upward < vertex - _LEVEL_MM[0]) & (upward > vertex - _LEVEL_MM[1])
+    level = (upward < vertex - scale * _LEVEL_MM[0]) & (upward > vertex - scale * _LEVEL_MM[1])
     if level.sum() < 50:
         return None
     front, back = np.percentile(forward[level], (99.5, 0.5))
     side, other = np.percentile(right[level], (99.5, 0.5))
     length, width = float(front - back), float(side - other)
-    if not (_LENGTH_MM[0] <= length <= _LENGTH_MM[1] and _WIDTH_MM[0] <= width <= _WIDTH_MM[1]):
+    if not (scale * _LENGTH_MM[0] <= length <= _LENGTH_MM[1] and scale * _WIDTH_MM[0] <= width <= _WIDTH_MM[1]):
         return None
     if not _RATIO[0] <= width / length <= _RATIO[1]:
         return None

@@ -19,6 +19,7 @@ from deid_tools.frames import rebuild, references
 from deid_tools.keys import SiteKeys
 from deid_tools.modules import complete, stamp
 from deid_tools.nested import segment_words
+from deid_tools.numbers import LARGEST, may_stay, within_length
 from deid_tools.private import take_private
 from deid_tools.recipes import NUMBERS, Recipe, load_recipe
 from deid_tools.terms import TERMS
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _MOST_REMEMBERED = 4096
 _FAILED = "the header could not be de-identified"
-_DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,8 @@ class HeaderCleaner:
         elif keyword not in self.kept:
             raise Refusal("the engine left an element in place that is not on the allow-list")
         elif element.VR in NUMBERS:
-            _take_number(element, result)
+            if not _take_number(element, result):
+                transforms.removed["a number that may be a date or an identifier was removed"] += 1
         elif element.VR == "CS":
             _take_terms(element, result)
         elif keyword == "SOPClassUID" and str(element.value) in ADMITTED:
@@ -234,16 +235,20 @@ def _traces(vr: str, text: str) -> set[str]:
     return {text, *text.split("\\"), *re.findall(r"\w+", text)}
 
 
-def _take_number(element: Any, result: Dataset) -> None:
+def _take_number(element: Any, result: Dataset) -> bool:
+    """Take a number over; False if it was left out for what it may say."""
     try:
         values = [] if element.value is None else element.value if element.VM > 1 else [element.value]
-        finite = all(abs(float(v)) < 1e12 for v in values)
+        finite = all(abs(float(v)) < LARGEST for v in values)
     except (TypeError, ValueError):
         raise Refusal("a numeric element does not hold a number") from None
     if not finite:
         raise Refusal("a numeric element holds a value out of range")
-    if values and not any(_DATE.fullmatch(str(v).strip()) for v in values):
-        result.add_new(element.tag, element.VR, element.value)
+    if values and not may_stay(element):
+        return False
+    if values:
+        result.add_new(element.tag, element.VR, within_length(element.VR, element.value))
+    return True
 
 
 def _take_terms(element: Any, result: Dataset) -> None:

@@ -21,7 +21,7 @@ class SiteKeys:
     """Hold the keys for UIDs, pseudonyms and dates, 32 bytes each; ``repr`` shows nothing.
 
     Guarantee: without the keys, nobody can test whether a guessed UID, patient ID or date is behind
-        what was written (HMAC-SHA256), and two projects with different names cannot be linked.
+        what was written (HMAC-SHA256), and nothing that the keys made links two projects; equal pixels do.
     """
 
     uid: bytes

@@ -5,7 +5,7 @@ Nothing is resampled: a label map that does not sit on the scan's voxels is a Ge
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from medlsdm.types import MAX_LABEL, Geometry, LabelSchema, SemanticMap
 from medlsdm.volumes import read_nifti, to_ras
 
 ON_GRID_VOXELS = 0.05
+_FEWEST_PAIRS, _ALIKE = 64, 0.5
+_FEWEST_GREYS = 40
 
 
 class Canvas:
@@ -57,6 +59,36 @@ class Canvas:
     def _pair(self, old: NDArray[np.uint16], new: NDArray[np.uint16], where: NDArray[np.bool_]) -> str:
         one, other = int(old[where][0]), int(new[where][0])
         return f"{self._schema.by_id(one).name} and {self._schema.by_id(other).name}"
+
+
+def combine(maps: Iterable[SemanticMap], schema: LabelSchema) -> SemanticMap:
+    """Lay the label maps of one scan over each other, such as one an organ; a single one comes back as it is.
+
+    Raises:
+        DataError: One class stands in two of them, as when two people drew it; or two classes overlap
+            and no priority is declared.
+    """
+    whole, canvas, seen = None, None, set[int]()
+    for found in maps:
+        if whole is None:
+            whole, seen = found, _classes(found)
+            continue
+        if twice := seen & (present := _classes(found)):
+            raise DataError(
+                f"Several label maps of the series hold {schema.by_id(min(twice)).name}; which one counts is not said.",
+                "Keep one label map for each class of a series.",
+            )
+        if canvas is None:
+            canvas = Canvas(whole.array.shape, schema)
+            canvas.labels[:] = whole.array
+        canvas.lay((...,), found.array.astype(np.uint16))
+        seen |= present
+    assert whole is not None
+    return whole if canvas is None else SemanticMap(canvas.labels, whole.geometry, schema)
+
+
+def _classes(labels: SemanticMap) -> set[int]:
+    return {int(value) for value in np.flatnonzero(np.bincount(labels.array.ravel())) if value}
 
 
 def refuse_unknown(unknown: Mapping[int, tuple[str, str]], total: int, schema: LabelSchema) -> None:
@@ -99,9 +131,29 @@ def canonical_labels(path: Path) -> tuple[NDArray[np.uint16], Geometry]:
     """Read a NIfTI label map with its axes nearest to R, A, S.
 
     Raises:
-        DataError: It is not a map of whole numbers from 0 to 65535.
+        DataError: It is not a map of whole numbers from 0 to 65535, or shows a picture.
     """
     array, geometry = to_ras(*read_nifti(path))
     if not np.isfinite(array).all() or array.min() < 0 or array.max() > MAX_LABEL or (array != np.rint(array)).any():
         raise DataError("The NIfTI file is not a label map: its values are not whole numbers from 0 to 65535.")
+    if _is_picture(array):
+        raise DataError("The NIfTI file is not a label map: its values change from voxel to voxel, as in a picture.")
     return array.astype(np.uint16), geometry
+
+
+def _is_picture(array: NDArray[Any]) -> bool:
+    """Tell a scan from a label map: in a map, a voxel and the next mostly belong to one structure.
+
+    A scan that was converted to NIfTI often lies beside its DICOM files, on the same grid and in whole numbers; taken
+    for labels it would bring back the face.
+    """
+    alike = pairs = 0
+    for axis in range(3):
+        first = np.moveaxis(array, axis, 0)[:-1]
+        second = np.moveaxis(array, axis, 0)[1:]
+        inside = (first != 0) & (second != 0)
+        pairs += int(inside.sum())
+        alike += int((inside & (first == second)).sum())
+    if pairs < _FEWEST_PAIRS or alike >= _ALIKE * pairs:
+        return False
+    return len(np.unique(array)) > _FEWEST_GREYS  # thin structures on a coarse grid are few, greys are many

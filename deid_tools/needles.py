@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 SHORTEST = 3
 _MASK = 0x7F
+_PRINTED, _ZERO = b"\1", b"\2"
+_KINDS = bytes(2 if byte == 0 else 0x20 <= byte <= 0x7E for byte in range(256))
 _CODECS = ("utf-8", "latin-1", "utf-16-le", "utf-16-be", "iso2022_jp", "shift_jis", "euc_jp", "gb18030", "euc_kr")
 
 
@@ -65,6 +67,9 @@ def _key(content: NDArray[np.uint8]) -> NDArray[np.int32]:
 
 def printable_runs(content: bytes, shortest: int = 6) -> bytes:
     """Return the stretches of printable ASCII in binary content, one-byte and two-byte, in lower case, one a line."""
+    kinds = content.translate(_KINDS)
+    if not any(start * shortest in kinds for start in (_PRINTED, _PRINTED + _ZERO, _ZERO + _PRINTED)):
+        return b""
     bytes_ = np.frombuffer(content, np.uint8)
     pairs = np.frombuffer(content, "<u2", count=len(content) // 2)
     return b"\n".join(

@@ -18,11 +18,11 @@ TIMEOUT_SECONDS = 300
 _EDGE = 12
 _JOIN_HEIGHTS = 4
 _TALLEST_SHARE = 0.2
-_MIN_LETTERS = 3
-_MIN_CONFIDENCE = 55
+_SHORTEST = 5
 _LINE_CONFIDENCE = 20
-_CLEAR, _LONG = (70, 80), 5
 _BRIGHT_TAIL = 0.4
+_ACCEPTED = ((5, 80, 0.0, 0.0), (4, 45, 0.75, 0.0), (3, 45, 0.9, 0.9), (6, 0, 0.9, 0.9))
+"""Letters, confidence in percent, sharpness and contrast that a word must have, in any of these ways."""
 
 Box = tuple[int, int, int, int]
 """Top, left, bottom, right in pixels; bottom and right are outside."""
@@ -30,50 +30,72 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """Hold one word that was read; its text stays in memory and is never written down."""
+    """Hold one word that was read, where it lies on the sheet; its text is not kept."""
 
     letters: int
     confidence: float
     line: tuple[str, ...]
     box: Box
 
-    @property
-    def sure(self) -> bool:
-        """Tell whether this is text rather than anatomy: three letters or digits, read with confidence."""
-        return self.letters >= _MIN_LETTERS and self.confidence >= _MIN_CONFIDENCE
-
 
 def text_boxes(program: str, images: list[NDArray[Any]]) -> list[Box]:
     """Return the boxes of text in pictures of one size [Y, X], read in one call; empty where there is none.
 
-    Where a word is sure, the other words on its line count too. The boxes have a margin of half
-    the height of the letters, and reach from word to word along a row.
+    A word counts where it is long and sure, or less sure and drawn: what a scanner measures is
+    blurred, so anatomy that looks like letters has soft edges. Where a word counts, the other words on its
+    line do too. The boxes have a margin of half the height of the letters, and reach from word to
+    word along a row.
 
     Raises:
         Refusal: The program failed or took too long.
     """
-    panels = [panel for image in images for panel in _panels(image)]
+    panels = [(image, panel) for image in images for panel in _panels(image)]
     if not panels:
         return []
     height, width = images[0].shape
     factor = min(max(1, round(WIDTH / width)), MAX_FACTOR)
-    sheet = np.concatenate([_framed(panel) for panel in panels])
+    sheet = np.concatenate([_framed(panel) for _, panel in panels])
     tallest = _TALLEST_SHARE * height * factor
-    words = [w for w in _read(program, _enlarge(sheet, factor)) if w.box[2] - w.box[0] <= tallest]
-    if not _text_at_all(words):
-        return []
-    lines = {word.line for word in words if word.sure}
-    boxes = []
-    for word in words:
-        if word.line in lines and (word.sure or word.confidence >= _LINE_CONFIDENCE):
-            boxes.append(_place(word.box, factor, (height, width)))
-    return _joined(boxes)
+    words = []
+    for word in _read(program, _enlarge(sheet, factor)):
+        if _SHORTEST * factor <= word.box[2] - word.box[0] <= tallest:
+            panel = min(int(word.box[0] / factor // (height + 2 * _EDGE)), len(panels) - 1)
+            words.append((word, _place(word.box, factor, (height, width), panel), panels[panel][0]))
+    lines = {word.line for word, box, image in words if _is_text(word, image, box)}
+    return _joined(
+        [
+            _with_margin(box, (height, width))
+            for word, box, _ in words
+            if word.line in lines and (word.letters >= 2 or word.confidence >= _LINE_CONFIDENCE)
+        ]
+    )
 
 
-def _text_at_all(words: list[Word]) -> bool:
-    """Tell whether a picture holds text: anatomy gives a word now and then, not several clear ones."""
-    clear = sum(word.letters >= _MIN_LETTERS and word.confidence >= _CLEAR[0] for word in words)
-    return clear >= 2 or any(word.letters >= _LONG and word.confidence >= _CLEAR[1] for word in words)
+def _is_text(word: Word, image: NDArray[Any], box: Box) -> bool:
+    """Tell whether a word is text rather than anatomy, by how it was read and how sharply it is drawn."""
+    sharpness, contrast = _drawing(image, box)
+    return any(
+        word.letters >= letters and word.confidence >= confidence and sharpness >= sharp and contrast >= strong
+        for letters, confidence, sharp, strong in _ACCEPTED
+    )
+
+
+def _drawing(image: NDArray[Any], box: Box) -> tuple[float, float]:
+    """Return how sharp a patch is and how strong, both about 1 for drawn text.
+
+    Sharpness is the share of the patch's range that lies between neighbouring pixels at its edges;
+    contrast is its range over that of the whole picture.
+    """
+    top, left, bottom, right = box
+    patch = image[top:bottom, left:right].astype(np.float64)
+    if min(patch.shape) < 3:
+        return 0.0, 0.0
+    low, high = np.percentile(patch, (2, 98))
+    if high <= low:
+        return 0.0, 0.0
+    steps = np.maximum(np.abs(np.diff(patch, axis=1))[:-1], np.abs(np.diff(patch, axis=0))[:, :-1])
+    darkest, brightest = np.percentile(image, (1, 99))
+    return float(np.percentile(steps, 90) / (high - low)), float((high - low) / max(brightest - darkest, 1.0))
 
 
 def _joined(boxes: list[Box]) -> list[Box]:
@@ -94,16 +116,26 @@ def _framed(panel: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.pad(panel, _EDGE, constant_values=int(np.median(border)))
 
 
-def _place(box: Box, factor: int, shape: tuple[int, int]) -> Box:
-    """Bring a box of the enlarged sheet back to the picture, with a margin."""
+def _place(box: Box, factor: int, shape: tuple[int, int], panel: int) -> Box:
+    """Bring a box of the enlarged sheet back to the picture in one of its panels."""
     top, left, bottom, right = (v / factor for v in box)
-    shift = int(top // (shape[0] + 2 * _EDGE)) * (shape[0] + 2 * _EDGE) + _EDGE
-    margin = 2 + 0.5 * (bottom - top)
+    shift = panel * (shape[0] + 2 * _EDGE) + _EDGE
     return (
-        max(0, int(top - shift - margin)),
-        max(0, int(left - _EDGE - margin)),
-        min(shape[0], int(np.ceil(bottom - shift + margin))),
-        min(shape[1], int(np.ceil(right - _EDGE + margin))),
+        max(0, int(top - shift)),
+        max(0, int(left - _EDGE)),
+        max(0, min(shape[0], int(np.ceil(bottom - shift)))),
+        max(0, min(shape[1], int(np.ceil(right - _EDGE)))),
+    )
+
+
+def _with_margin(box: Box, shape: tuple[int, int]) -> Box:
+    top, left, bottom, right = box
+    margin = int(np.ceil(2 + 0.5 * (bottom - top)))
+    return (
+        max(0, top - margin),
+        max(0, left - margin),
+        min(shape[0], bottom + margin),
+        min(shape[1], right + margin),
     )
 
 

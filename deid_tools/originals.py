@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.needles import Needles, forms, printable_runs
+from deid_tools.terms import TERMS
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 _TEXT = ("LO", "SH", "LT", "ST", "UT", "UC", "UR", "AE", "AS", "DT", "TM")
+_NUMBERS = ("DS", "IS", "US", "SS", "UL", "SL", "FL", "FD")
 _BINARY = ("UN", "OB", "OW", "OL", "OF", "OD", "OV")
 _RUN = re.compile(rb"[\x20-\x7e\xa0-\xff]{6,}")
 _WORD = re.compile(r"\w{6,}")
 _STANDARD_ROOT = "1.2.840.10008."
 _SOFTWARE = (0x00020012, 0x00020013)  # the writing library, which may be the one that we write with
 _SHORTEST, _ANYWHERE = 3, 6
+_OWN_DIGITS = 5
+_IDENTITY = frozenset(("PatientID", "OtherPatientIDs", "AccessionNumber", "MedicalRecordLocator", "AdmissionID"))
+_TERMS = frozenset(term.casefold() for terms in TERMS.values() for term in terms)
 _BEFORE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789.+-")
+_IN_NUMBERS = tuple(b"%c" % byte for byte in b"0123456789.")
 _AFTER = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
 
 
@@ -35,6 +41,7 @@ class Originals:
         self._runs: set[bytes] = set()
         self._seen: set[int] = set()
         self._kept: set[str] = set()
+        self._own: set[str] = set()
         self._harmless = {h.casefold() for h in harmless if h}
         self._needles: tuple[Needles, frozenset[bytes]] | None = None
 
@@ -55,6 +62,7 @@ class Originals:
         self._strings |= other._strings
         self._runs |= other._runs
         self._kept |= other._kept
+        self._own |= other._own
         self._seen |= other._seen
         self._harmless |= other._harmless
         self._needles = None
@@ -94,6 +102,8 @@ class Originals:
                 values = value if element.VM > 1 else [value]
                 for one in values:
                     self._value(one, vr, private=tag.is_private, kept=top and element.keyword in kept)
+                    if vr == "DA" or element.keyword in _IDENTITY:
+                        self._own.update(re.findall(rf"\d{{{_OWN_DIGITS},}}", str(one)))
 
     def _again(self, ds: Dataset, tag: Any, top: bool) -> bool:
         """Tell whether these very bytes were seen under this tag in an earlier file of the series."""
@@ -109,7 +119,7 @@ class Originals:
         text = "" if value is None else str(value).strip(" \0")
         if not text:
             return
-        if kept and vr not in ("UI", "PN", "LO", "SH"):
+        if kept and (vr in _NUMBERS or (vr == "CS" and text.casefold() in _TERMS)):
             self._kept.add(text.casefold())
         elif vr == "UI":
             if not text.startswith(_STANDARD_ROOT):
@@ -137,13 +147,14 @@ class Originals:
         """Return all strings as they may stand in bytes, and those of them that count in the middle of a word too."""
         if self._needles is None:
             needles, anywhere = set[bytes](), set[bytes]()
-            gone = {s.casefold().strip() for s in self._strings} - self._kept - self._harmless
+            kept = self._kept - self._own  # a patient's own number is sought even where a kept number is the same
+            gone = {s.casefold().strip() for s in self._strings | self._own} - kept - self._harmless
             for text in (t for t in gone if _long_enough(t) and len(set(t)) > 1):
                 found = forms(text)
                 needles |= found
                 if len(text) >= _ANYWHERE or not text.isascii():
                     anywhere |= found
-            allowed = {text.encode("utf-8", "replace") for text in self._kept | self._harmless}
+            allowed = {text.encode("utf-8", "replace") for text in kept | self._harmless}
             needles |= {run.lower() for run in self._runs if len(set(run)) > 1} - allowed
             self._needles = Needles(needles), frozenset(anywhere)
         return self._needles
@@ -156,6 +167,7 @@ class Originals:
             pixels: Searched for strings of six characters or more.
         """
         needles, anywhere = self._compiled()
+        own = {digits.encode() for digits in self._own}
         text = header.lower()
         for phrase in sorted(self._harmless, key=len, reverse=True):
             written = phrase.encode("utf-8", "replace")
@@ -165,6 +177,8 @@ class Originals:
                 if form is not text and len(needle) <= _SHORTEST:
                     continue  # without its zeros, binary content makes short words by chance
                 if (needle in anywhere and not needle.isdigit()) or _is_word(form, place, len(needle)):
+                    return True
+                if needle in own and _is_whole(form, place, len(needle)):
                     return True
         runs = printable_runs(pixels)
         return any(needle in anywhere for _, needle in needles.find(runs))
@@ -179,6 +193,12 @@ def _is_word(text: bytes, place: int, length: int) -> bool:
     if before and before[0] in _BEFORE:
         return False
     return not (after and (after[0] in _AFTER or (after[0] == ord(".") and after[1:].isdigit())))
+
+
+def _is_whole(text: bytes, place: int, length: int) -> bool:
+    """Tell whether digits are the whole part of a number, such as 70012 in 70012.0."""
+    before, after = text[place - 1 : place], text[place + length : place + length + 1]
+    return before not in _IN_NUMBERS and not after.isdigit()
 
 
 def _dates(text: str) -> set[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 from deid_tools.admit import IMAGE_CLASSES, Refusal, read_strict
-from deid_tools.labels import read_label_nifti
+from deid_tools.labels import combine, read_label_nifti
 from deid_tools.segmentations import read_segmentation
 from deid_tools.segmenters import Segmenter, apply
 from deid_tools.series import Built, build_scans
@@ -116,11 +117,6 @@ def _is_image(path: Path) -> bool:
 def _labels(folder: Path, built: Built, schema: LabelSchema) -> SemanticMap | None:
     segmentations = [path for path in _dicom(folder) if not _is_image(path)]
     maps = sorted(folder.glob("labels*.nii.gz"))
-    if len(segmentations) + len(maps) > 1:
-        raise DataError(
-            f"The series has {len(segmentations) + len(maps)} label maps; which one holds is not said.",
-            "Keep one label map a series.",
-        )
     if not segmentations and not maps:
         return None
     if not built.alone:
@@ -129,6 +125,6 @@ def _labels(folder: Path, built: Built, schema: LabelSchema) -> SemanticMap | No
             "Export one volume a series.",
         )
     assert built.scan is not None
-    if segmentations:
-        return read_segmentation(read_strict(segmentations[0]), built.scan.geometry, schema)
-    return read_label_nifti(maps[0], built.scan.geometry, schema)
+    grid = built.scan.geometry
+    drawn = (read_segmentation(read_strict(path), grid, schema) for path in segmentations)
+    return combine(chain(drawn, (read_label_nifti(path, grid, schema) for path in maps)), schema)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from deid_tools.crew import Crew
-from deid_tools.folders import check_output, check_same_run, start_output
+from deid_tools.evidence import EvidenceFolder, study_evidence, write_evidence
+from deid_tools.folders import alone, check_output, check_same_run, start_output
 from deid_tools.keys import SiteKeys
 from deid_tools.pairs import PairResult, read_pairs
 from deid_tools.pixels import TextSearch
@@ -35,6 +37,7 @@ def deidentify(
     policy: PixelPolicy | None = None,
     progress: Progress | None = None,
     workers: int = 1,
+    evidence: EvidenceFolder | None = None,
 ) -> DeidReport:
     """De-identify every DICOM series under a folder, and the label maps that belong to them.
 
@@ -51,12 +54,13 @@ def deidentify(
         policy: What is done about burned-in text and faces; by default text is blanked and faces go.
         progress: Called with what is being done, how many are done, and how many there are.
         workers: How many processes share the files of a long series.
+        evidence: A private folder, apart from source and output, for what was done to each study, with pictures.
 
     Raises:
         DataError: The source is empty, ``out`` holds something else, or was made with another key or recipe.
     """
     with silence():
-        return _deidentify(source, out, keys, schema, recipe, policy, progress, workers)
+        return _deidentify(source, out, keys, schema, recipe, policy, progress, workers, evidence)
 
 
 def _deidentify(
@@ -68,24 +72,34 @@ def _deidentify(
     policy: PixelPolicy | None,
     progress: Progress | None,
     workers: int,
+    evidence: EvidenceFolder | None,
 ) -> DeidReport:
     existing_folder(source, "The source folder")
     check_output(source, out)
-    settings = (source, out, keys, schema, recipe, policy or PixelPolicy())
+    policy = policy or PixelPolicy()
+    if evidence is not None:
+        evidence.prepare(source, out)
+        policy = replace(policy, pictures=policy.pictures or evidence.picture_folder)
+    settings = (source, out, keys, schema, recipe, policy)
     run = make_run(*settings)
-    check_same_run(out, run.cleaner.recipe_sha256, keys.id)
     run.progress = progress or run.progress
+    run.pictures = evidence.picture_folder if evidence else None
     run.crew = Crew(workers, run, make_run, settings)
-    start_output(out, run.cleaner.recipe_sha256, keys.id)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".working-") as working, closing(run.crew):
-        run.working = Path(working)
-        run.admit_all()
-        images(run)
-        segmentations(run)
-        structure_sets(run)
-        label_maps(run)
-    report = _report(run)
-    write_atomic(out / "report.json", json.dumps(report.to_json(), indent=2).encode())
+    marks = (run.cleaner.recipe_sha256, keys.id, run.policy.id)
+    with alone(out):
+        check_same_run(out, *marks)
+        start_output(out, *marks)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".working-") as working, closing(run.crew):
+            run.working = Path(working)
+            run.admit_all()
+            images(run)
+            segmentations(run)
+            structure_sets(run)
+            label_maps(run)
+        report = _report(run)
+        if evidence is not None:
+            report = replace(report, studies=write_evidence(evidence, report.studies))
+        write_atomic(out / "report.json", json.dumps(report.to_json(), indent=2).encode())
     return report
 
 
@@ -105,6 +119,8 @@ def _report(run: Run) -> DeidReport:
         run.cleaner.recipe.label,
         run.cleaner.keys.id,
         dict(run.removed),
+        studies=study_evidence(run, _tools()),
+        pixel_policy=run.policy.id,
     )
 
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deid_tools.admit import Refusal
+from deid_tools.admit import ADMITTED, Refusal
 from deid_tools.filters import filters
 from deid_tools.ocr import Box, text_boxes
+from deid_tools.strokes import clear_rows, drawn_rows, letter_rows
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-OCR_ABSENT = "burned-in text was not checked: tesseract is not installed"
-OCR_PRESENT = "burned-in text was checked on each series' maximum and minimum projection"
+OCR_ABSENT = "burned-in text was looked for by drawn letters only: tesseract, which reads words, is not installed"
+OCR_PRESENT = "burned-in text was looked for: letters that were drawn, on every frame, and words on projections"
 
 FIXED_FRAMES = 8
 FIXED_PIXELS = 24
@@ -29,6 +30,10 @@ EIGHT_BITS = 255
 SMALL_SERIES = 3
 LEGIBLE_PIXELS = 64
 STROKE_PIXELS = 8
+LONE_FRAMES = 4
+LONE_SHARE = 0.2
+CLEAR_SHARE = 0.2
+LONE_READ, LONE_PIXELS = 0.35, 24
 _MARGIN = 3
 
 
@@ -44,13 +49,17 @@ def take_pixels(source: Dataset, target: Dataset) -> NDArray[Any]:
     shape = (frames, int(source.Rows), int(source.Columns))
     allocated = int(source.BitsAllocated)
     if allocated == 1:
+        if ADMITTED.get(str(source.SOPClassUID)) != "SEG":
+            raise Refusal("its pixels are not 8 or 16 bit integers")
         content = _one_bit(source, shape)
     else:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content = np.asarray(source.pixel_array).reshape(shape)
-        except Exception:
+        except (MemoryError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a compiled decoder's panic is no Exception
             raise Refusal("its pixels are missing, cut short or cannot be decoded") from None
         if allocated not in (8, 16) or content.dtype.kind not in "iu":
             raise Refusal("its pixels are not 8 or 16 bit integers")
@@ -87,22 +96,42 @@ def _check_bits(content: NDArray[Any], source: Dataset) -> None:
 class Projection:
     """Hold what is kept of all frames of one size: brightest and darkest values, and the rules' boxes.
 
-    ``singles`` are the frames themselves while they are so few that projecting them saves nothing.
+    ``brighter`` and ``darker`` are the second brightest and second darkest values of each pixel, so
+    that what stands on one single frame can be told from what the others show there. ``singles``
+    are the frames themselves while they are so few that projecting them saves nothing.
     """
 
     brightest: NDArray[Any]
     darkest: NDArray[Any]
+    brighter: NDArray[Any]
+    darker: NDArray[Any]
     frames: int = 0
     singles: list[NDArray[Any]] = field(default_factory=list)
     declared: set[Box] = field(default_factory=set)
+    drawn: set[Box] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, frames: NDArray[Any], declared: Iterable[Box]) -> Projection:
+        """Look at the first frames [frames, Y, X] of one size."""
+        first = frames[0]
+        seen = cls(first, first, np.full_like(first, _lowest(first)), np.full_like(first, _highest(first)), 1, [first])
+        seen.declared, seen.drawn = set(declared), set(drawn_rows(first))
+        for frame in frames[1:]:
+            seen.merge(cls.of(frame[None], ()))
+        return seen
 
     def merge(self, later: Projection) -> None:
         """Fold in the frames of another stretch of the same size."""
-        np.maximum(self.brightest, later.brightest, out=self.brightest)
-        np.minimum(self.darkest, later.darkest, out=self.darkest)
+        both = np.minimum(self.brightest, later.brightest)
+        self.brighter = np.maximum(np.maximum(self.brighter, later.brighter), both)
+        both = np.maximum(self.darkest, later.darkest)
+        self.darker = np.minimum(np.minimum(self.darker, later.darker), both)
+        self.brightest = np.maximum(self.brightest, later.brightest)
+        self.darkest = np.minimum(self.darkest, later.darkest)
         self.frames += later.frames
         self.singles = [*self.singles, *later.singles] if self.frames <= SMALL_SERIES else []
         self.declared |= later.declared
+        self.drawn |= later.drawn
 
     def background(self) -> float:
         """Return the value that the border of the frames holds most often."""
@@ -112,8 +141,59 @@ class Projection:
         return float(values[counts.argmax()])
 
     def pictures(self) -> list[NDArray[Any]]:
-        """Return what is to be read: the projections, or the frames of a small series."""
-        return self.singles or [self.brightest, self.darkest]
+        """Return what is to be read: the projections, or the frames of a small series.
+
+        What one frame alone shows is a picture too, where it is strong enough to be drawn.
+        """
+        if self.singles:
+            return self.singles
+        lone = [over for over in self._alone() if _worth_reading(over, LONE_READ * self._range())]
+        return [self.brightest, self.darkest, *lone]
+
+    def _alone(self) -> list[NDArray[Any]]:
+        """Return how much the brightest and the darkest frame differ from the next, in each pixel."""
+        if self.frames < LONE_FRAMES:
+            return []
+        return [self.brightest.astype(np.int32) - self.brighter, self.darker.astype(np.int32) - self.darkest]
+
+    def _range(self) -> float:
+        """Return the range of grey values, the outermost hundredth left out."""
+        return float(np.percentile(self.brightest, 99)) - float(np.percentile(self.darkest, 1))
+
+    def kinds(self) -> dict[str, list[Box]]:
+        """Return the boxes by what found them.
+
+        Raises:
+            Refusal: The search itself failed.
+        """
+        return {
+            "rule": list(self.declared),
+            "drawn": list(self.drawn),
+            "fixed": self.fixed(),
+            "ink": self.ink(),
+            "lone": self.lone(),
+            "clear": self.clear(),
+            "words": read_boxes(self.pictures()),
+        }
+
+    def lone(self) -> list[Box]:
+        """Return boxes around rows of letters that stand on one frame, far brighter or darker than all others."""
+        least = LONE_SHARE * self._range()
+        return [box for over in self._alone() for box in clear_rows(over, over > least, least)]
+
+    def clear(self) -> list[Box]:
+        """Return boxes around rows of sharp letters: on all frames alike, or in a frame that stands alone."""
+        low, grey = float(np.percentile(self.darkest, 1)), self._range()
+        views = [(self.darkest, 0.35, True), (self.brightest, 0.2, False)]
+        if self.singles:
+            views = [(f, at, above) for f in self.singles for at, above in ((0.5, True), (0.8, True), (0.15, False))]
+        elif self.frames < LONE_FRAMES:
+            return []
+        found: list[Box] = []
+        for image, at, above in views:
+            ink = image > low + at * grey if above else image < low + at * grey
+            found += clear_rows(image, ink, CLEAR_SHARE * grey)
+        return found
 
     def ink(self) -> list[Box]:
         """Return boxes around sharp bright pixels of one value that stand on the dark: drawn, not scanned."""
@@ -127,7 +207,8 @@ class Projection:
         values, counts = np.unique(self.brightest[bright & dark_near], return_counts=True)
         if not len(counts) or counts.max() < INK_PIXELS or counts.max() < INK_SHARE * counts.sum():
             return []
-        return _around(_strokes(self.brightest == values[counts.argmax()]) & dark_near)
+        marks = _strokes(self.brightest == values[counts.argmax()]) & dark_near
+        return _around(marks) if letter_rows(marks) else []  # metal that is cut off at the top forms no rows
 
     def fixed(self) -> list[Box]:
         """Return boxes around bright pixels that have one value on every frame: no anatomy does that."""
@@ -136,6 +217,19 @@ class Projection:
         low, high = float(self.darkest.min()), float(self.brightest.max())
         same = _strokes((self.brightest == self.darkest) & (self.brightest > low + 0.25 * (high - low)))
         return _around(same) if same.sum() >= FIXED_PIXELS else []
+
+
+def _lowest(frame: NDArray[Any]) -> int:
+    return int(np.iinfo(frame.dtype).min)
+
+
+def _highest(frame: NDArray[Any]) -> int:
+    return int(np.iinfo(frame.dtype).max)
+
+
+def _worth_reading(over: NDArray[Any], least: float) -> bool:
+    """Tell whether enough pixels stand out for a word, and not so many that they are anatomy."""
+    return LONE_PIXELS <= int((over > least).sum()) <= over.size // 20
 
 
 def _strokes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -165,8 +259,7 @@ class TextSearch:
 
     def add(self, frames: NDArray[Any], declared: Iterable[Box] = ()) -> None:
         """Fold frames [frames, Y, X] into the projections of their size; ``declared`` boxes hold text for sure."""
-        seen = Projection(frames.max(axis=0), frames.min(axis=0), len(frames), declared=set(declared))
-        seen.singles = list(frames) if len(frames) <= SMALL_SERIES else []
+        seen = Projection.of(frames, declared)
         size = seen.brightest.shape
         if size in self.sizes:
             self.sizes[size].merge(seen)
@@ -188,10 +281,24 @@ class TextSearch:
         Raises:
             Refusal: The search itself failed.
         """
-        boxes = {size: [*seen.declared, *seen.fixed(), *seen.ink()] for size, seen in self.sizes.items()}
+        boxes: dict[tuple[int, ...], list[Box]] = {}
+        for by_size in self.kinds().values():
+            for size, listed in by_size.items():
+                boxes.setdefault(size, []).extend(listed)
+        return boxes
+
+    def kinds(self) -> dict[str, dict[tuple[int, ...], list[Box]]]:
+        """Return the boxes by what found them, then by size of frame.
+
+        Raises:
+            Refusal: The search itself failed.
+        """
+        found: dict[str, dict[tuple[int, ...], list[Box]]] = {}
         for size, seen in self.sizes.items():
-            boxes[size] += read_boxes(seen.pictures())
-        return {size: found for size, found in boxes.items() if found}
+            for kind, boxes in seen.kinds().items():
+                if boxes:
+                    found.setdefault(kind, {})[size] = boxes
+        return found
 
 
 def read_boxes(pictures: list[NDArray[Any]]) -> list[Box]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from deid_tools.admit import Refusal
 from deid_tools.keys import SiteKeys
+from deid_tools.numbers import private_may_stay, within_length
 from deid_tools.recipes import NUMBERS
 from deid_tools.uids import new_uid
 
@@ -19,7 +20,8 @@ def take_private(
 ) -> frozenset[str]:
     """Copy the named private elements of ``source``, and return their values as text.
 
-    An element whose value representation in the file is not a number's or a UID's does not pass.
+    An element whose value representation in the file is not a number's or a UID's does not pass, nor one of another
+    type or with more values than its maker's dictionary says.
 
     Raises:
         Refusal: A number is not one.
@@ -40,9 +42,11 @@ def take_private(
             values = [new_uid(keys, str(v)) for v in values]
         else:
             _check_numbers(values)
+            if not private_may_stay(element, creator):
+                continue
             texts.update(str(v) for v in values)
             texts.add("\\".join(str(v) for v in values))
-        target.private_block(group, creator, create=True).add_new(low, element.VR, values)
+        target.private_block(group, creator, create=True).add_new(low, element.VR, within_length(element.VR, values))
         texts.add(creator)
     return frozenset(texts)
 

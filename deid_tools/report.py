@@ -13,6 +13,20 @@ PROGRAM = "medlsdm-deid"
 
 
 @dataclass(frozen=True, slots=True)
+class StudyEvidence:
+    """Hold what was done to one study: plain JSON values, in which nothing of an original stands."""
+
+    patient: str
+    study: str
+    document: dict[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Return pseudonym and study token: the name of its files."""
+        return f"{self.patient}-{self.study}"
+
+
+@dataclass(frozen=True, slots=True)
 class SeriesRecord:
     """Describe one series that passed: its token (pseudonym/series), modality, and how many files.
 
@@ -32,11 +46,15 @@ class SeriesRecord:
 
 @dataclass(frozen=True, slots=True)
 class HeldFile:
-    """Say why one file is held. ``path`` is for the local user and is never written down."""
+    """Say why one file is held. ``path`` is for the local user and is never written down.
+
+    ``study`` is the name of the study's evidence, where the file says what it belongs to.
+    """
 
     token: str
     path: Path = field(repr=False)
     reason: str
+    study: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +70,8 @@ class DeidReport:
     recipe: str = "allow-list"
     key_id: str = ""
     removed: dict[str, int] = field(default_factory=dict)
+    pixel_policy: str = ""
+    studies: tuple[StudyEvidence, ...] = field(default=(), repr=False)
 
     @property
     def patients(self) -> int:
@@ -89,6 +109,7 @@ class DeidReport:
             "recipe": self.recipe,
             "key_id": self.key_id,
             "unreadable_values": self.removed,
+            "pixel_policy": self.pixel_policy,
             "recipe_sha256": self.recipe_sha256,
             "burned_in_text": self.ocr,
             "tools": self.tools,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deid_tools.admit import MAX_FILES, Instance, Refusal, admit
+from deid_tools.admit import MAX_FILES, NOBODY, Instance, Owner, Refusal, admit
 from deid_tools.archives import is_archive, unpack
 from deid_tools.crew import FILE_SECONDS, Crew, chunks, time_limit
 from deid_tools.device_rules import DeviceRules
@@ -19,8 +19,9 @@ from deid_tools.originals import Originals
 from deid_tools.recipes import Recipe
 from deid_tools.report import HeldFile
 from deid_tools.stacks import SeriesPlan
+from deid_tools.tally import Tally
 from deid_tools.treatment import NOTHING_DONE, PixelPolicy, PixelRecord
-from deid_tools.uids import pseudonym, series_token
+from deid_tools.uids import patient_parts, pseudonym, series_token, study_token
 from deid_tools.verify import HARMLESS, check_file
 from medlsdm.checks import file_digest
 from medlsdm.errors import DataError, MedlsdmError, ResourceError
@@ -51,6 +52,9 @@ class Series:
     already: bool = False
     notes: tuple[str, ...] = ()
     pixels: PixelRecord = NOTHING_DONE
+    study: str = ""
+    tally: Tally = field(default_factory=Tally)
+    unreadable: Counter[str] = field(default_factory=Counter)
 
     @property
     def token(self) -> str:
@@ -84,10 +88,16 @@ class Run:
     held: list[HeldFile] = field(default_factory=list)
     names: dict[Path, Path] = field(default_factory=dict)
     removed: Counter[str] = field(default_factory=Counter)
+    pictures: Path | None = None
 
-    def hold(self, path: Path, reason: str) -> None:
+    def hold(self, path: Path, reason: str, owner: Owner = NOBODY) -> None:
         """Hold one file."""
-        self.held.append(HeldFile(f"item-{len(self.held) + 1:04d}", self.known(path), reason))
+        self.held.append(HeldFile(f"item-{len(self.held) + 1:04d}", self.known(path), reason, self.study(owner)))
+
+    def study(self, owner: Owner) -> str:
+        """Return the name of a study's evidence: pseudonym and study token; nothing where it is not known."""
+        keys, (study_uid, issuer, patient_id) = self.cleaner.keys, owner
+        return f"{pseudonym(keys, issuer, patient_id)}-{study_token(keys, study_uid)}" if study_uid else ""
 
     def known(self, path: Path) -> Path:
         """Return the name below the source that people know a file by: one from an archive lies elsewhere."""
@@ -115,7 +125,7 @@ class Run:
     def hold_group(self, instances: list[Instance], reason: str, culprit: Path | None = None) -> None:
         """Hold the files of a series, for a reason that is one file's or theirs."""
         for instance in instances:
-            self.hold(instance.path, reason if culprit in (None, instance.path) else _BROKEN_SERIES)
+            self.hold(instance.path, reason if culprit in (None, instance.path) else _BROKEN_SERIES, instance.owner)
 
     def admit_all(self) -> None:
         """Sort every file: admitted to its series, a NIfTI label map, or held."""
@@ -123,26 +133,35 @@ class Run:
         self.files_seen = len(files) + len(self.held)
         self.maps = [path for path in files if path.name.casefold().endswith(NIFTI_SUFFIXES)]
         others = [path for path in files if not path.name.casefold().endswith(NIFTI_SUFFIXES)]
-        answers = self.crew.map(_admit_stretch, chunks(others), seconds=FILE_SECONDS * len(files))
-        for n, (path, answer) in enumerate(pair for stretch in answers for pair in stretch):
+        for n, (path, answer) in enumerate(self._admitted(others)):
             self.progress("reading", n, len(others))
             if isinstance(answer, Instance):
                 self.groups[answer.series_uid].append(answer)
             else:
-                self.hold(path, answer.reason)
+                self.hold(path, answer.reason, answer.owner)
                 self.broken.add(answer.series_uid)
         self.broken.discard("")
         self._hold_mixed()
 
+    def _admitted(self, files: list[Path]) -> Iterator[tuple[Path, Instance | Refusal]]:
+        answers = self.crew.map(_admit_stretch, chunks(files), seconds=FILE_SECONDS * len(files))
+        try:
+            for stretch in answers:
+                yield from stretch
+        except Refusal as refusal:
+            raise ResourceError(f"The headers could not be read: {refusal.reason}.", "Use fewer workers.") from None
+
     def _hold_mixed(self) -> None:
-        patients = defaultdict(set)
-        for instances in self.groups.values():
-            for i in instances:
-                patients[i.study_uid].add((i.issuer.casefold(), i.patient_id.casefold()))
+        patients, births = defaultdict(set), defaultdict(set)
+        for i in (i for instances in self.groups.values() for i in instances):
+            patients[i.study_uid].add((i.issuer.casefold(), i.patient_id.casefold()))
+            births[patient_parts(i.issuer, i.patient_id)].add(i.birth or None)
         for uid, instances in list(self.groups.items()):
             reason = ""
             if any(len(patients[i.study_uid]) > 1 for i in instances):
                 reason = "its study holds several patients"
+            elif any(len(births[patient_parts(i.issuer, i.patient_id)] - {None}) > 1 for i in instances):
+                reason = "its patient ID stands for people with different birth dates"
             elif len({i.study_uid for i in instances}) > 1 or len({i.sop_class for i in instances}) > 1:
                 reason = "its series mixes studies or kinds of object"
             elif uid in self.broken:
@@ -160,7 +179,7 @@ class Run:
             if file_digest(first.path) != file_digest(instance.path):
                 self.hold_group(instances, "two different images of its series have one identifier")
                 return []
-            self.hold(instance.path, "it is a copy of another file, which was taken")
+            self.hold(instance.path, "it is a copy of another file, which was taken", instance.owner)
         return list(by_uid.values())
 
     def folder(self, first: Instance) -> Path:

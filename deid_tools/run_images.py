@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from deid_tools.admit import DAMAGED, IMAGE_CLASSES, Instance, Refusal, read_strict
 from deid_tools.crew import FILE_SECONDS, chunks, time_limit
+from deid_tools.faces import CODE as FACE_CODE
 from deid_tools.faces import LabelledBrain
 from deid_tools.modules import save_clean
 from deid_tools.moments import number_volumes
@@ -25,7 +27,10 @@ from deid_tools.segmentations import read_segmentation
 from deid_tools.stacks import SeriesPlan
 from deid_tools.survey import Survey
 from deid_tools.suv import to_suv
+from deid_tools.tally import Tally
+from deid_tools.thumbnails import write_thumbnails
 from deid_tools.treatment import NOTHING_DONE, PixelRecord, labelled_brain, says_head, treat
+from deid_tools.uids import new_uid
 from medlsdm.errors import ConfigError, MedlsdmError
 
 
@@ -48,6 +53,7 @@ class Cleaned:
     text: TextSearch = field(default_factory=TextSearch)
     head: bool = False
     removed: Counter[str] = field(default_factory=Counter)
+    tally: Tally = field(default_factory=Tally)
 
     def merge(self, later: Cleaned) -> None:
         """Take over what the pixels and places of the files that follow show."""
@@ -56,6 +62,7 @@ class Cleaned:
         self.head |= later.head
         self.originals.merge(later.originals)
         self.removed.update(later.removed)
+        self.tally.merge(later.tally)
 
 
 def images(run: Run) -> None:
@@ -72,24 +79,26 @@ def _image_series(run: Run, instances: list[Instance]) -> None:
     first = instances[0]
     relative = run.folder(first)
     target = run.out / relative
-    already = target.exists()
-    if already and len(list(target.glob("[0-9]*.dcm"))) != len(instances):
-        run.hold_group(instances, "its series is already there with another number of images")
-        return
+    already = os.path.lexists(target)
     staging = run.working / relative
     originals = run.originals(relative)
     try:
         if already:
             seen, done = Cleaned(), NOTHING_DONE
-            for path in sorted(target.glob("[0-9]*.dcm")):
-                seen.survey.take(read_strict(path, headers_only=True))
+            instances = _again(run, instances, target, seen)
         else:
             seen = _clean_series(run, instances, staging, originals)
         files = sorted((target if already else staging).glob("[0-9]*.dcm"))
+        if len(files) != len(instances):
+            raise Refusal("not every image of its series was written")
         plan, notes = seen.survey.plan(files)
         if not already:
             done = _treat(run, seen, files, instances, plan)
-        run.verify(staging, originals)
+        elif _defaced(files[0]):
+            done = _treated_again(run, instances, staging, plan)
+        run.verify(target if already else staging, originals)
+        if run.pictures and not already:
+            write_thumbnails(run.crew, run.pictures, instances, files, plan)
     except (Refusal, OSError, MemoryError) as problem:
         shutil.rmtree(staging, ignore_errors=True)
         run.hold_group(instances, reason_of(problem), getattr(problem, "culprit", None))
@@ -109,7 +118,47 @@ def _image_series(run: Run, instances: list[Instance]) -> None:
         already=already,
         notes=notes,
         pixels=done,
+        study=run.study(first.owner),
+        tally=seen.tally,
+        unreadable=seen.removed,
     )
+
+
+def _defaced(path: Path) -> bool:
+    stamps = read_strict(path, headers_only=True).get("DeidentificationMethodCodeSequence", None) or ()
+    return any(stamp.get("CodeValue", "") == FACE_CODE for stamp in stamps)
+
+
+def _treated_again(run: Run, instances: list[Instance], staging: Path, plan: SeriesPlan | None) -> PixelRecord:
+    """Find again where an earlier run cut the face off, for label maps that are still to come; write nothing."""
+    originals = run.originals(run.folder(instances[0]))
+    seen = _clean_series(run, instances, staging, originals)
+    try:
+        return _treat(run, seen, sorted(staging.glob("[0-9]*.dcm")), instances, plan)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _again(run: Run, instances: list[Instance], target: Path, seen: Cleaned) -> list[Instance]:
+    """Return the images of a series that an earlier run wrote, in the order in which they were written.
+
+    Raises:
+        Refusal: What is there is not these images.
+    """
+    if target.is_symlink() or target.parent.is_symlink() or not target.is_dir():
+        raise Refusal("something else lies where its series belongs")
+    written = sorted(target.glob("[0-9]*.dcm"))
+    if len(written) != len(instances):
+        raise Refusal("its series is already there with another number of images")
+    by_uid = {new_uid(run.cleaner.keys, i.sop_uid): i for i in instances}
+    ordered = []
+    for path in written:
+        ds = read_strict(path, headers_only=True)
+        if path.is_symlink() or str(ds.SOPInstanceUID) not in by_uid:
+            raise Refusal("its series is already there with other images")
+        seen.survey.take(ds)
+        ordered.append(by_uid.pop(str(ds.SOPInstanceUID)))
+    return ordered
 
 
 def _clean_series(run: Run, instances: list[Instance], staging: Path, originals: Originals) -> Cleaned:
@@ -135,17 +184,23 @@ def take_over(run: Run, done: Cleaned, originals: Originals) -> Cleaned:
 def _treat(
     run: Run, seen: Cleaned, files: list[Path], instances: list[Instance], plan: SeriesPlan | None
 ) -> PixelRecord:
-    """Hide text and face in a series that was staged."""
+    """Hide text and face in a series that was staged; whatever is odd about it, it is not left undone."""
     series = files[0].parent
-    return treat(
-        seen.text,
-        files,
-        run.policy,
-        hu=IMAGE_CLASSES[instances[0].sop_class] == "CT",
-        head=seen.head,
-        name=f"{series.parent.name}-{series.name}",
-        brain=lambda: _brain(run, instances, plan),
-    )
+    try:
+        return treat(
+            seen.text,
+            files,
+            run.policy,
+            hu=IMAGE_CLASSES[instances[0].sop_class] == "CT",
+            head=seen.head,
+            frames=seen.survey.frames,
+            name=f"{series.parent.name}-{series.name}",
+            brain=lambda: _brain(run, instances, plan),
+        )
+    except (Refusal, OSError, MemoryError):
+        raise
+    except Exception:
+        raise Refusal("its pixels could not be searched for text and faces") from None
 
 
 def _brain(run: Run, instances: list[Instance], plan: SeriesPlan | None) -> LabelledBrain | None:
@@ -187,6 +242,7 @@ def clean_stretch(run: Run, jobs: Sequence[Job]) -> Cleaned:
         except (Refusal, OSError, MemoryError) as problem:
             problem.culprit = job.instance.path  # pyright: ignore[reportAttributeAccessIssue]
             raise
+    done.tally.settle(run.cleaner.recipe)
     return done
 
 
@@ -208,6 +264,7 @@ def _clean(run: Run, job: Job, done: Cleaned) -> None:
             done.head |= says_head(ds)
             done.survey.take(clean)
         save_clean(clean, job.path)
+        done.tally.add(ds, clean)
     except (Refusal, ConfigError, OSError, MemoryError):
         raise
     except Exception:

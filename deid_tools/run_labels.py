@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from deid_tools.admit import Instance, Refusal, read_strict
 from deid_tools.crew import FILE_SECONDS
+from deid_tools.face_series import clear_segmentation, without_face
 from deid_tools.nifti_size import declared_voxels
 from deid_tools.originals import Originals
 from deid_tools.run import GRID_TOLERANCE, Run, Series, reason_of
 from deid_tools.run_images import Job, clean_stretch, take_over
-from deid_tools.segmentations import read_segmentation
+from deid_tools.segmentations import read_segmentation, refuse_undescribed
 from deid_tools.uids import new_uid
 from medlsdm.checks import file_digest
-from medlsdm.errors import MedlsdmError
+from medlsdm.errors import DataError, MedlsdmError
 from medlsdm.volumes import write_nifti
 
 
@@ -41,7 +42,7 @@ def _label_objects(run: Run, groups: list[list[Instance]], take: Callable[[Run, 
             try:
                 take(run, instance)
             except (Refusal, MedlsdmError, OSError, MemoryError) as problem:
-                run.hold(instance.path, reason_of(problem))
+                run.hold(instance.path, reason_of(problem), instance.owner)
                 for series in _candidates(run, instance):
                     series.labels_held += 1
 
@@ -113,11 +114,16 @@ def _segmentation(run: Run, instance: Instance) -> None:
     jobs = [[Job(instance, staged, 1)]]
     (done,) = run.crew.map(clean_stretch, jobs, seconds=FILE_SECONDS, isolate=instance.compressed)
     take_over(run, done, originals)
+    if series.pixels.cuts:
+        clear_segmentation(staged, series.pixels.cuts)
     run.verify(staged.parent, originals)
+    refuse_undescribed(read_strict(staged))
     if run.schema and series.grid:
         read_segmentation(read_strict(staged), series.grid, run.schema)
     staged.rename(series.folder / name)
     series.labels += 1
+    series.tally.merge(done.tally)
+    series.unreadable.update(done.removed)
 
 
 def label_maps(run: Run) -> None:
@@ -138,7 +144,7 @@ def _label_map(run: Run, path: Path) -> None:
         raise Refusal("it fits the grid of no series beside or below it")
     try:
         array, grid = canonical_labels(path)
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception:
         raise Refusal("the NIfTI file is not a label map that can be read") from None
@@ -164,7 +170,8 @@ def _keep_map(run: Run, array: NDArray[Any], series: Series, originals: Original
     assert series.grid is not None
     staged = run.working / "maps" / "labels.nii.gz"
     shutil.rmtree(staged.parent, ignore_errors=True)
-    write_nifti(staged, array.astype(np.uint16), series.grid)
+    array = without_face(array.astype(np.uint16), series.grid.affine, series.pixels.cuts)
+    write_nifti(staged, array, series.grid)
     run.verify(staged.parent, originals)
     there = sorted(series.folder.glob("labels*.nii.gz"))
     series.labels += 1

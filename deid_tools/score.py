@@ -15,10 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deid_tools.answers import AnswerKey, Source, digest
+from deid_tools.answers import AnswerKey, Box, Source, digest, outside
 from deid_tools.corners import Kind
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ def score(key: AnswerKey, out: Path) -> Score:
     """Judge what a program wrote to ``out`` for the planted images of ``key``."""
     result = Score()
     _search(key, out, result)
-    outputs = dict(_outputs(out))
-    matched = {s.name: outputs.get(s.pixels) for s in key.sources if s.box is None}
+    outputs = dict(_outputs(out, {s.near for s in key.sources if s.box is None}))
+    matched = {s.name: outputs.get((s.near, s.pixels)) for s in key.sources if s.box is None}
     for source in key.sources:
         if source.box is None:
             _judge_image(source, matched[source.name], result)
@@ -112,15 +113,16 @@ def leaks_in(content: bytes, tokens: list[str]) -> set[str]:
     return found
 
 
-def _encoded(token: str) -> set[bytes]:
+@cache
+def _encoded(token: str) -> frozenset[bytes]:
     forms = set()
     for case in {token, token.upper(), token.lower()}:
         for codec in _CODECS:
             try:
-                forms.add(case.encode(codec).lower().removeprefix(b"\x1b$b").removesuffix(b"\x1b(b"))
+                forms.add(case.encode(codec).lower().removeprefix(b"\x1b$b").removesuffix(b"\x1b(b").strip(b"\0"))
             except UnicodeEncodeError:
                 continue
-    return forms
+    return frozenset(forms)
 
 
 def _forms(token: str, kind: Kind) -> list[str]:
@@ -168,10 +170,11 @@ def _images(out: Path) -> Iterator[tuple[Dataset, Any]]:
             yield ds, pixels
 
 
-def _outputs(out: Path) -> Iterator[tuple[str, Dataset]]:
+def _outputs(out: Path, boxes: set[Box | None]) -> Iterator[tuple[tuple[Box | None, str], Dataset]]:
     for ds, pixels in _images(out):
         del ds.PixelData
-        yield digest(pixels), ds
+        for near in boxes:
+            yield (near, digest(outside(pixels, near))), ds
 
 
 def _judge_image(source: Source, ds: Dataset | None, result: Score) -> None:

@@ -61,6 +61,20 @@ def read_segmentation(
     return SemanticMap(canvas.labels, geometry, schema)
 
 
+def refuse_undescribed(ds: Dataset) -> None:
+    """Refuse a staged LABELMAP whose pixels hold other numbers than its segments': it may be a picture.
+
+    Raises:
+        DataError: It uses a number that it does not describe.
+    """
+    if str(ds.get("SegmentationType", "")) != "LABELMAP":
+        return
+    present = set(np.unique(np.frombuffer(ds.PixelData, f"<u{int(ds.BitsAllocated) // 8}")).tolist())
+    described = {int(segment.SegmentNumber) for segment in ds.SegmentSequence}
+    if present - described - {0, int(ds.get("PixelPaddingValue", None) or 0)}:
+        raise DataError("The segmentation uses a segment that it does not describe.")
+
+
 def _classes(ds: Dataset, kind: str, schema: LabelSchema) -> dict[int, int]:
     """Map segment numbers to class ids; number 0 of a label map is its background."""
     classes: dict[int, int] = {}

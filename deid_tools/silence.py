@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,14 @@ def silence() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def no_core_dump() -> None:
+    """Keep the system from writing this process's memory, with patients in it, to the disk when it crashes."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 def silence_for_good() -> None:
-    """Do the same until this process ends."""
+    """Do the same until this process ends, and leave no image of its memory behind if it crashes."""
+    no_core_dump()
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(_NEVER)
     warnings.simplefilter("ignore")

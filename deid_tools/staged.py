@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deid_tools.admit import read_strict
+from deid_tools.explicit import frames_of, read_written
 from deid_tools.modules import save_clean
 
 if TYPE_CHECKING:
@@ -26,9 +27,20 @@ def read_staged(path: Path) -> tuple[Dataset, NDArray[Any]]:
     return ds, values.reshape(shape).copy()
 
 
+def read_frames_of(path: Path) -> NDArray[Any]:
+    """Return the frames [frames, Y, X] of a staged image, read byte by byte, to look at."""
+    frames = frames_of(read_written(path.read_bytes()))
+    assert frames is not None, "a staged segmentation has no frames to look at"
+    return frames
+
+
 def write_staged(ds: Dataset, frames: NDArray[Any], path: Path) -> None:
     """Write changed frames back in place of a staged file."""
-    raw = frames.tobytes()
+    write_content(ds, frames.tobytes(), path)
+
+
+def write_content(ds: Dataset, raw: bytes, path: Path) -> None:
+    """Write changed pixel data back in place of a staged file."""
     ds.PixelData = raw + b"\0" * (len(raw) % 2)
     changed = path.with_suffix(".changed")
     save_clean(ds, changed)

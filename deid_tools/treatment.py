@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,18 @@ from numpy.typing import NDArray
 
 from deid_tools.burned_in import POLICIES, hide_text
 from deid_tools.face_series import deface
-from deid_tools.faces import LabelledBrain, mask_points
+from deid_tools.faces import FaceCut, LabelledBrain, mask_points
 from deid_tools.pixels import TextSearch
+from deid_tools.slices import Frame
 from medlsdm.errors import ConfigError
 from medlsdm.types import Geometry, LabelSchema
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-_HEAD = re.compile(r"HEAD|BRAIN|SKULL|FACE|ORBIT|SELLA|TEMPORAL BONE|SINUS|IAC|CRANI|HYPOPHYS")
+_HEAD = re.compile(
+    r"HEAD|BRAIN|SKULL|FACE|ORBIT|SELLA|TEMPORAL BONE|SINUS|IAC|CRANI|HYPOPHYS|NECK|MAXILL|MANDIB|JAW|NASAL|\bNOSE"
+)
 _BRAIN = re.compile(
     r"\b(brain|cerebr\w*|cerebell\w*|cortex|white matter|gr[ae]y matter|ventricle\w*|thalam\w*|hippocamp\w*|"
     r"caudate|putamen|pallidum|amygdala|accumbens|brain-?stem|pons|medulla|corpus callosum)\b"
@@ -53,14 +57,25 @@ class PixelPolicy:
         if self.text not in POLICIES:
             raise ConfigError("The policy for burned-in text is not known.", f"Use one of: {', '.join(POLICIES)}.")
 
+    @property
+    def id(self) -> str:
+        """Return 12 hex digits that name what is done to pixels on this machine, tesseract's presence included."""
+        rules = self.rules.read_bytes() if self.rules else b""
+        said = f"{self.text}/{self.faces}/{TextSearch.state()}/".encode() + rules
+        return hashlib.sha256(said).hexdigest()[:12]
+
 
 @dataclass(frozen=True, slots=True)
 class PixelRecord:
-    """Say what was done to one series' pixels: boxes of text blanked, and what became of the face."""
+    """Say what was done to one series' pixels: boxes of text blanked, and what became of the face.
+
+    ``cuts`` are where it was cut off, for the label maps of the series.
+    """
 
     text_boxes: int = 0
     face: str = ""
     guard: str = ""
+    cuts: tuple[FaceCut, ...] = field(default=(), repr=False)
 
 
 NOTHING_DONE = PixelRecord()
@@ -73,6 +88,7 @@ def treat(
     *,
     hu: bool,
     head: bool,
+    frames: Sequence[Frame],
     name: str,
     brain: Callable[[], LabelledBrain | None],
 ) -> PixelRecord:
@@ -84,6 +100,7 @@ def treat(
         policy: What the site does.
         hu: Whether values are Hounsfield units once rescaled.
         head: Whether an original header says head.
+        frames: Where the frames of the files lie.
         name: What a picture is called; of pseudonyms only.
         brain: Finds what label maps call brain, when asked.
 
@@ -95,8 +112,8 @@ def treat(
     if not policy.faces:
         return PixelRecord(boxes, "left as it is")
     picture = policy.pictures / f"{name}.png" if policy.pictures else None
-    done = deface(files, hu=hu, declared=head, brain=brain(), picture=picture)
-    return PixelRecord(boxes, done.outcome, done.guard)
+    done = deface(files, hu=hu, declared=head, brain=brain(), picture=picture, frames=frames)
+    return PixelRecord(boxes, done.outcome, done.guard, done.cuts)
 
 
 def says_head(original: Dataset) -> bool:

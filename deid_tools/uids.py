@@ -65,3 +65,8 @@ def patient_parts(issuer: str, patient_id: str) -> tuple[str, str]:
 def series_token(keys: SiteKeys, series_uid: str) -> str:
     """Return the folder name of a series, ``S-`` and 80 keyed bits in base 32."""
     return _token("S", keyed_digest(keys.pseudonym, "series", series_uid.strip(" \0")))
+
+
+def study_token(keys: SiteKeys, study_uid: str) -> str:
+    """Return the name of a study in reports, ``ST-`` and 80 keyed bits in base 32."""
+    return _token("ST", keyed_digest(keys.pseudonym, "study", study_uid.strip(" \0")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator
@@ -10,12 +9,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from deid_tools.admit import MAX_FILE_BYTES, Refusal
 from deid_tools.explicit import Element, WrittenFile, read_written
 from deid_tools.originals import Originals
-from deid_tools.report import PROGRAM
 from deid_tools.verify_nifti import check_nifti
 from deid_tools.verify_options import METHODS, WRITTEN, codes_of, extra_tags, passes
+from deid_tools.verify_report import check_report
+from deid_tools.verify_values import BINARY, code_problems, meta_problems, number_problems, uid_problems
 
 
 def _tags(text: str) -> frozenset[int]:
@@ -81,14 +83,12 @@ _CODE_STRINGS = _words(
 _PSEUDONYM = re.compile(r"P-[A-Z2-7]{16}")
 _TOKEN = re.compile(r"S-[A-Z2-7]{16}")
 _FILE_NAME = re.compile(r"(seg-)?\d{4,12}\.dcm|labels(-\d+)?\.nii\.gz")
-_UID = re.compile(r"2\.25\.\d{1,39}|1\.2\.840\.10008\.[0-9.]+")
-_ANY_UID = re.compile(r"[0-9.]{1,64}")
 _NUMBER = re.compile(r" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *")
 _DUMMIES = ("", "19000101", "000000", "19000101000000")
 _FIXED_TEXT = frozenset(("", "not stated", "SEGMENTATION", *METHODS, "ISO_IR 192", "HU", "US", "OD"))
-_PATIENT_ID, _IMPLEMENTATION_CLASS, _DEID_METHOD = 0x00100020, 0x00020012, 0x00120063
+_PATIENT_ID, _IMPLEMENTATION = 0x00100020, (0x00020012, 0x00020013)
 _META_VERSION, _PIXELS = 0x00020001, 0x7FE00010
-_CODED = _tags("00080104 00080100 00080102 00620005 00020013")  # meanings and codes: the dictionary's or the schema's
+_CODED = _tags("00080104 00080100 00080102 00620005")  # meanings and codes: the dictionary's or the schema's
 _NOT_IN_THE_NET = _tags("00080100 00120063 00100020 00100010")
 _STAMPS = _tags("00120062 00120063 00120064 00280303")
 _NET = (
@@ -100,7 +100,6 @@ _NET = (
     ("a telephone or record number", re.compile(r"(?i)\b(mrn|pat|id)[ :#-]*\d{3,}")),
 )
 _STACK = re.compile(r"\d{1,4}")
-_SIZES = {"US": 2, "SS": 2, "UL": 4, "SL": 4, "FL": 4, "FD": 8, "AT": 4}
 HARMLESS = (
     *WRITTEN,
     "Basic Application Confidentiality Profile",
@@ -169,16 +168,17 @@ def verify_folder(folder: Path, *, whole_series: bool = False) -> list[Finding]:
 
     Args:
         folder: Any folder; nothing in it is changed.
-        whole_series: Also search each series for burned-in text and ask dciodvfy about its first
-            file, where these programs are installed.
+        whole_series: Also search each series for burned-in text, where tesseract is installed.
     """
     findings = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_dir() and not path.is_symlink():
+            if not _known_folder(relative) and not any(path.iterdir()):
+                findings.append(Finding(_shown(relative), "an empty folder that this program does not make"))
             continue
         if relative == Path("report.json") and not path.is_symlink():
-            findings += [Finding("report.json", reason) for reason in _check_report(path)]
+            findings += [Finding("report.json", reason) for reason in check_report(path, _NET)]
             continue
         known = _known_place(relative)
         name = relative.as_posix() if known else _shown(relative)
@@ -190,14 +190,27 @@ def verify_folder(folder: Path, *, whole_series: bool = False) -> list[Finding]:
 
 
 def _check_series(folder: Path) -> Iterator[Finding]:
-    from deid_tools.verify_series import check_conformance, check_text, series_folders
+    from deid_tools.verify_series import check_text, series_folders
 
     for series in series_folders(folder):
-        relative = series.relative_to(folder)
-        known = _known_place(relative / "0001.dcm")
-        name = relative.as_posix() if known else _shown(relative)
-        for reason in check_text(series) + check_conformance(min(series.glob("*.dcm"))):
-            yield Finding(name, reason)
+        for reason in check_text(series):
+            yield Finding(_series_name(series, folder), reason)
+
+
+def conformance(folder: Path) -> list[Finding]:
+    """Ask dciodvfy about the first file of each series: errors of form, as originals often have; no leaks."""
+    from deid_tools.verify_series import check_conformance, series_folders
+
+    return [
+        Finding(_series_name(series, folder), reason)
+        for series in series_folders(folder)
+        for reason in check_conformance(min(series.glob("*.dcm")))
+    ]
+
+
+def _series_name(series: Path, folder: Path) -> str:
+    relative = series.relative_to(folder)
+    return relative.as_posix() if _known_place(relative / "0001.dcm") else _shown(relative)
 
 
 def _known_place(relative: Path) -> bool:
@@ -210,21 +223,13 @@ def _known_place(relative: Path) -> bool:
     )
 
 
+def _known_folder(relative: Path) -> bool:
+    return all(pattern.fullmatch(part) for pattern, part in zip((_PSEUDONYM, _TOKEN), relative.parts, strict=False))
+
+
 def _shown(relative: Path) -> str:
     """Name a foreign file by its depth only: its own name may say too much."""
     return f"a file {len(relative.parts)} levels down"
-
-
-def _check_report(path: Path) -> Iterator[str]:
-    try:
-        report = json.loads(path.read_bytes())
-        text = json.dumps([report.get(part) for part in ("series", "quarantined", "reasons")])
-    except (OSError, ValueError, AttributeError):
-        yield "the report is not one that this program writes"
-        return
-    if report.get("program") != PROGRAM:
-        yield "the report is not one that this program writes"
-    yield from (f"{name} in the report" for name, pattern in _NET if pattern.search(text))
 
 
 def _check_dicom(raw: bytes, originals: Originals | None) -> Iterator[Problem]:
@@ -249,8 +254,25 @@ def _check_dicom(raw: bytes, originals: Originals | None) -> Iterator[Problem]:
         bits *= struct.unpack("<H", side.value)[0]
     if len(pixels) != -(-bits // 16) * 2:
         yield "the pixels are longer or shorter than declared", ""
+    yield from _check_upper_bits(written, pixels)
     if originals and originals.found_in(raw[: len(raw) - len(pixels)], bytes(pixels)):
         yield "a string of the original is still there", ""
+
+
+def _check_upper_bits(written: WrittenFile, pixels: memoryview) -> Iterator[Problem]:
+    """Find bits above the stored ones: an overlay or a text may lie there."""
+    numbers = [written.find(tag) for tag in (0x00280100, 0x00280101, 0x00280102, 0x00280103)]
+    if any(n is None or len(n.value) != 2 for n in numbers):
+        yield "the pixels do not say how they are stored", ""
+        return
+    allocated, stored, high, signed = (struct.unpack("<H", n.value)[0] for n in numbers if n is not None)
+    if not 0 < stored <= allocated or high != stored - 1 or signed > 1:
+        yield "the pixels are stored in an impossible way", ""
+    elif stored < allocated and allocated in (8, 16) and not len(pixels) % (allocated // 8):
+        values = np.frombuffer(pixels, f"<{'i' if signed else 'u'}{allocated // 8}")
+        least, most = (-1 << stored - 1, (1 << stored - 1) - 1) if signed else (0, (1 << stored) - 1)
+        if len(values) and (values.min() < least or values.max() > most):
+            yield "bits above the stored ones are in use", ""
 
 
 @cache
@@ -269,6 +291,7 @@ def _walk(elements: tuple[Element, ...], allowed: frozenset[int], codes: frozens
             yield "an element is not of the type that the standard gives it", where
         elif element.VR == "SQ":
             for item in element.items:
+                yield from ((reason, where) for reason in code_problems(item, element.tag))
                 yield from _walk(item, _NESTED, codes)
         else:
             yield from ((reason, where) for reason in _check_element(element, codes))
@@ -276,13 +299,16 @@ def _walk(elements: tuple[Element, ...], allowed: frozenset[int], codes: frozens
 
 def _check_element(element: Element, codes: frozenset[str]) -> Iterator[str]:
     vr, tag = element.VR, element.tag
-    if vr in _SIZES:
-        if len(element.value) % _SIZES[vr]:
-            yield "a number is cut short"
+    if vr in BINARY:
+        yield from number_problems(element)
     elif vr in ("OB", "OW", "UN", "LT", "ST", "UT", "UC", "UR"):
         if tag != _PIXELS and not (tag == _META_VERSION and element.value == b"\0\1"):
             yield "an element of a kind that can hold anything"
+    elif tag in _IMPLEMENTATION:
+        yield from meta_problems(tag, element.text())
     else:
+        if vr in ("DS", "IS"):
+            yield from number_problems(element)
         for text in (part.strip(" ") for part in element.text().split("\\")):
             if not passes(element, text, codes):
                 yield from _check_value(tag, vr, text)
@@ -290,9 +316,8 @@ def _check_element(element: Element, codes: frozenset[str]) -> Iterator[str]:
 
 def _check_value(tag: int, vr: str, text: str) -> Iterator[str]:
     if vr == "UI":
-        allowed = _ANY_UID if tag == _IMPLEMENTATION_CLASS else _UID
-        if text and not allowed.fullmatch(text):
-            yield "a UID that is neither keyed nor the standard's"
+        if text:
+            yield from uid_problems(text)
     elif vr == "PN" or tag == _PATIENT_ID:
         if text and not _PSEUDONYM.fullmatch(text):
             yield "a name or an ID that is not a pseudonym"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from deid_tools.originals import Originals
 
 HEADER_BYTES = 352
+_FARTHEST = 1e5
+_PRINTABLE = re.compile(rb"[ -~]{12}")
 _MOST = 8 * 1024**3
 _TEXTS = ((4, 39), (56, 70), (124, 252), (328, 344), (348, 352))
 """Where text, intents, old ranges and extensions stand; this program writes zeros there."""
@@ -39,9 +42,31 @@ def check_nifti(path: Path, originals: Originals | None) -> list[str]:
         problems.append("the voxels are longer or shorter than declared")
     if any(any(header[start:end]) for start, end in _TEXTS):
         problems.append("the NIfTI header holds text or an extension")
+    if not _plain_numbers(header):
+        problems.append("a number of the NIfTI header is not one that this program writes")
     if originals and originals.found_in(header, voxels):
         problems.append("a string of the original is still there")
     return problems
+
+
+def _plain_numbers(header: bytes) -> bool:
+    """Tell whether unused dimensions are empty, there is no scaling, and each length and place is one of a scan."""
+    dimensions = struct.unpack_from("<8h", header, 40)
+    spacing = struct.unpack_from("<8f", header, 76)
+    start, end = struct.unpack_from("<h", header, 74)[0], struct.unpack_from("<h", header, 120)[0]
+    slope, intercept = struct.unpack_from("<2f", header, 112)
+    places = struct.unpack_from("<18f", header, 256)
+    used = 1 + dimensions[0]
+    return (
+        all(size in (0, 1) for size in dimensions[used:])
+        and all(size in (0, 1) for size in spacing[used:])
+        and (start, end) == (0, 0)
+        and intercept == 0
+        and slope in (0, 1)
+        and header[122:124] in (b"\0\0", b"\0\2")
+        and all(abs(v) < _FARTHEST for v in (*spacing[:used], *places))
+        and _PRINTABLE.search(header[76:108] + header[252:328]) is None
+    )
 
 
 def _declared(header: bytes) -> int | None:

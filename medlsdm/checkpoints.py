@@ -96,7 +96,7 @@ def make_checkpoint(
     card = ModelCard(
         model_id=model_id or f"medlsdm-{preset.name}-{uuid.uuid4().hex[:8]}",
         preset=preset,
-        label_schema=schema.to_json(),
+        label_schema=schema.agreed().to_json(),
         modalities=tuple(modalities),
         rounds=rounds,
         sites=tuple(sites),

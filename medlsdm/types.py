@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NoReturn, Self
 
@@ -176,6 +176,10 @@ class LabelSchema:
         """Return the SHA-256 of what must be equal across sites: ids, names and codes."""
         rows = sorted((c.id, c.name, c.snomed) for c in self.classes)
         return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
+
+    def agreed(self) -> LabelSchema:
+        """Return what all sites share, without this site's own aliases and priority: they may say more than classes."""
+        return LabelSchema(self.name, tuple(replace(c, aliases=()) for c in self.classes))
 
     def by_id(self, label: int) -> LabelClass:
         """Return the class with this id, or raise SchemaError."""

@@ -1,4 +1,4 @@
-"""Check what this node wrote about itself: audit log, ledger, and the receipt of an export."""
+"""Check what a node wrote about itself: audit log with its signatures, ledger, and the receipt of an export."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from medlsdm.chain import HashChain
+from medlsdm.errors import DataError, IntegrityError
 from medlsdm.federation.identity import public_hex
 from medlsdm_node.home import NodeHome
 
@@ -13,18 +17,25 @@ from medlsdm_node.home import NodeHome
 def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
     """Verify every line of audit log and ledger, and the receipt of an exported folder if given.
 
+    A receipt names the log's head at its time: a log that no longer holds it was cut or rewritten.
+
     Raises:
         IntegrityError: Something was changed; the message says what.
     """
     from medlsdm.privacy.ledger import PrivacyLedger
     from medlsdm.sharing.receipt import verify_receipt
 
-    records = home.audit.records()
+    state, records = home.audit.verify(), home.audit.records()
     spent = PrivacyLedger(home.root / "ledger.jsonl").spent()
     epsilon = "infinite" if math.isinf(spent.epsilon) else round(spent.epsilon, 4)
     receipt = None
     if folder is not None:
         verified = verify_receipt(folder, bytes.fromhex(public_hex(home.identity)))
+        if verified.audit_head not in {r["hash"] for r in records}:
+            raise IntegrityError(
+                "The audit log does not hold the entry that the receipt names: it was cut or rewritten.",
+                "Restore it from a good copy.",
+            )
         receipt = {"id": verified.id, "site": verified.site, "files": len(verified.files)}
     return {
         "records": [
@@ -37,10 +48,40 @@ def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
             }
             for r in records
         ],
-        "head": home.audit.head,
+        "head": state.head,
+        "signed_from": state.signed_from,
+        "key": public_hex(home.identity),
         "ledger": {"charges": spent.charges, "epsilon": epsilon, "statement": spent.statement},
         "receipt": receipt,
     }
+
+
+def check_log(path: Path, key: str) -> dict[str, Any]:
+    """Verify a copy of some site's audit log with that site's public key; nothing else of the site is needed.
+
+    Args:
+        path: ``audit.jsonl``; where ``audit.end`` lies beside it, it is checked too.
+        key: The site's Ed25519 key in hex, known from elsewhere.
+
+    Raises:
+        DataError: There is no such file, or the key is not one.
+        IntegrityError: Something was changed; the message says what.
+    """
+    try:
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
+    except ValueError:
+        raise DataError("The key is not 64 hex digits.", "The site's 'medlsdm-node audit' prints it.") from None
+    if not path.is_file():
+        raise DataError(f"There is no log {str(path)!r}.", "Check the path.")
+    state = HashChain(path, public=public).verify(end_must_be_stated=False)
+    return {"records": state.entries, "head": state.head, "signed_from": state.signed_from, "end_stated": state.stated}
+
+
+def signed_words(signed_from: int | None) -> str:
+    """Say in words how much of a log is signed."""
+    if signed_from is None:
+        return "NO record is signed: an earlier version wrote them, or their signatures were stripped"
+    return "every record is signed" if not signed_from else f"unsigned until record {signed_from}, signed from it on"
 
 
 def _summary(fields: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,20 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from medlsdm.terminal import print_json, run
+from medlsdm_node.cli_evidence import kept
+from medlsdm_node.cli_options import Home, Json, open_home
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A hospital's node: scans stay, weights travel.")
+app.add_typer(kept, name="evidence", invoke_without_command=True)
 
-Home = Annotated[Path | None, typer.Option("--home", help="The node's folder (MEDLSDM_NODE_HOME).")]
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Schema = Annotated[str, typer.Option("--schema", help="Label schema: a name of configs/schemas, or a YAML file.")]
-
-
-def _open(home: Path | None) -> Any:
-    from medlsdm_node.home import NodeHome
-
-    opened = NodeHome.default(home)
-    opened.settings  # noqa: B018  # says so if there is no node
-    return opened
 
 
 def _settings(site: str, project: str, schema: str, threads: int) -> Any:
@@ -69,7 +63,7 @@ def init(
         print_json({"home": str(opened.root), "site": site, "schema": schema})
         return
     print(f"Node {site} in {opened.root}")
-    print(f"Read {opened.policy_file}: it says what this hospital allows.")
+    print(f"Read {opened.policy_file}: it says what this hospital allows; deid.yaml beside it, how it de-identifies.")
     print("Next: medlsdm-node ingest DIR, then medlsdm-node join --server HOST")
 
 
@@ -85,7 +79,7 @@ def ingest(
     """De-identify a folder of DICOM and keep scans with their label maps in the vault."""
     from medlsdm_node.ingest import ingest as take
 
-    opened = _open(home)
+    opened = open_home(home)
     bar, text = _bar("reading")
     with bar:
         task = bar.add_task(text, total=None)
@@ -122,7 +116,7 @@ def held_list(home: Home = None, as_json: Json = False) -> None:
     """List what is held: id, since when, how many files or series, and the reason."""
     from medlsdm_node.quarantine import items
 
-    found = items(_open(home))
+    found = items(open_home(home))
     if as_json:
         print_json([item.to_json() for item in found])
         return
@@ -143,7 +137,7 @@ def held_show(
     """Show one item: its reason, its series by pseudonym, and where its files lie on this machine."""
     from medlsdm_node.quarantine import show
 
-    found = show(_open(home), item, identify=identify)
+    found = show(open_home(home), item, identify=identify)
     if as_json:
         print_json(found)
         return
@@ -159,7 +153,7 @@ def held_release(item: Item, home: Home = None, as_json: Json = False) -> None:
     """Run the pipeline again on what an item belongs to; no check is waived."""
     from medlsdm_node.quarantine import release
 
-    found = release(_open(home), item)
+    found = release(open_home(home), item)
     if as_json:
         print_json(found)
         return
@@ -179,7 +173,7 @@ def held_purge(
     from medlsdm.errors import UsageError
     from medlsdm_node.quarantine import find, purge
 
-    opened = _open(home)
+    opened = open_home(home)
     found = find(opened, item)
     if not yes:
         if not sys.stdin.isatty():
@@ -195,10 +189,49 @@ def held_purge(
 
 @app.command()
 def receive(home: Home = None) -> None:
-    """Listen for a PACS (C-STORE) and take in each study when it is complete; who may send is in receive.yaml."""
+    """Listen for senders (C-STORE, STOW-RS) and take in each study when it is complete; see receive.yaml."""
     from medlsdm_node.intake import receive as listen
 
-    listen(_open(home), _say)
+    listen(open_home(home), _say)
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Option("--from", help="A DICOMweb service, such as https://pacs/dicom-web.")],
+    study: Annotated[list[str] | None, typer.Option(help="A Study Instance UID; may be given again.")] = None,
+    studies: Annotated[Path | None, typer.Option(help="A file of Study Instance UIDs, one a line.")] = None,
+    modality: Annotated[str, typer.Option(help="Whole studies in which it occurs, such as CT.")] = "",
+    date: Annotated[str, typer.Option(help="Studies of a day or of days: 20240101-20240131.")] = "",
+    ca: Annotated[Path | None, typer.Option(help="The CA that the service's certificate comes from.")] = None,
+    credentials: Annotated[Path | None, typer.Option(help="A YAML file (0600); or MEDLSDM_PULL_TOKEN, ...")] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch studies over DICOMweb (QIDO-RS, WADO-RS) and take them in. Running it again goes on."""
+    from medlsdm.errors import NetworkError
+    from medlsdm_node.archive import Archive, read_credentials
+    from medlsdm_node.pull import Selection, read_studies
+    from medlsdm_node.pull import pull as fetch
+
+    opened = open_home(home)
+    wanted = Selection((*(study or ()), *(read_studies(studies) if studies else ())), modality, date)
+    wanted.check()
+    archive = Archive(source, read_credentials(credentials, os.environ), ca)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays half-written
+    bar, text = _bar("searching")
+    with bar:
+        task = bar.add_task(text, total=None)
+        result = fetch(
+            opened, archive, wanted, lambda step, done, of: bar.update(
+                task, description=step, completed=done, total=of or None), _say,
+        )  # fmt: skip
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print(result.in_words())
+    if result.failed:  # what came is told already
+        _say(f"{result.failed} instances could not be fetched. Run it again: it goes on.")
+        raise typer.Exit(NetworkError.exit_status)
 
 
 @app.command()
@@ -237,7 +270,7 @@ def status(
     """Show what this node holds and does."""
     from medlsdm_node.status import node_status, watch_activity
 
-    opened = _open(home)
+    opened = open_home(home)
     if watch:
         watch_activity(opened)
     found = node_status(opened)
@@ -251,6 +284,13 @@ def status(
         print(f"  {now['stage']} round {now.get('round')}/{now.get('rounds')}{loss}")
     print(f"  vault: {found['pairs']} scans of {found['patients']} patients, schema {found['schema']}")
     print(f"  waiting for export: {found['waiting_synthetic']}; models: {len(found['models'])}")
+    rules = found["deidentification"]
+    if "error" in rules:
+        print(f"  de-identification: {rules['error']}")
+        return
+    print(f"  de-identification: {rules['recipe']}, text {rules['text']}, faces {rules['faces']}")
+    for line in rules["weaker"]:
+        print(f"  weaker than the default: {line}")
 
 
 @app.command()
@@ -269,7 +309,7 @@ def synthesise(
 
     if modality and modality not in list(Modality):
         raise UsageError(f"{modality!r} is no modality.", "Give CT, MR or PT.")
-    opened = _open(home)
+    opened = open_home(home)
     bar, text = _bar("synthesising")
     with bar:
         task = bar.add_task(text, total=None)
@@ -293,7 +333,7 @@ def export(
     """Audit the waiting synthetic volumes and write those that pass: NIfTI, DICOM, card, receipt."""
     from medlsdm_node.exporting import export_waiting
 
-    receipt, report, left = export_waiting(_open(home), out, with_labels=not without_labels)
+    receipt, report, left = export_waiting(open_home(home), out, with_labels=not without_labels)
     if as_json:
         print_json({"folder": str(out), "receipt": receipt.model_dump(mode="json"), "gate": report.to_local_json()})
         return
@@ -310,19 +350,30 @@ def export(
 @app.command()
 def audit(
     folder: Annotated[Path | None, typer.Argument(help="An exported folder, to check its receipt.")] = None,
+    log: Annotated[Path | None, typer.Option(help="A copy of some site's audit.jsonl, instead of a node.")] = None,
+    key: Annotated[str, typer.Option(help="With --log: that site's public key, 64 hex digits.")] = "",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Check this node's audit log and ledger line by line; with a folder, check its receipt too."""
-    from medlsdm_node.auditing import check
+    from medlsdm_node.auditing import check, check_log, signed_words
 
-    found = check(_open(home), folder)
+    if log is not None:
+        copy = check_log(log, key)
+        if as_json:
+            print_json(copy)
+            return
+        print(f"audit log intact: {copy['records']} records, head {copy['head'][:16]}")
+        print(f"{signed_words(copy['signed_from'])}; its end is stated for {copy['end_stated']} records")
+        return
+    found = check(open_home(home), folder)
     if as_json:
         print_json(found)
         return
     for row in found["records"]:
         print(f"{row['time']}  {row['event']:14} {row['summary']}")
     print(f"audit log intact: {len(found['records'])} records, head {found['head'][:16]}")
+    print(f"{signed_words(found['signed_from'])}; public key {found['key']}")
     print(f"privacy ledger intact: {found['ledger']['charges']} charges, epsilon {found['ledger']['epsilon']}")
     if found["receipt"]:
         print(f"receipt {found['receipt']['id']} is right: {found['receipt']['files']} files unchanged")

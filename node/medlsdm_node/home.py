@@ -84,6 +84,9 @@ class NodeHome:
             from medlsdm_node.policy import DEFAULT_POLICY
 
             write_atomic(self.policy_file, DEFAULT_POLICY.encode(), mode=0o600)
+        from medlsdm_node.deid_settings import write_default
+
+        write_default(self)
         write_atomic(self.settings_file, settings.model_dump_json(indent=2).encode(), mode=0o600)
         self.audit.append("created", site=settings.site, labels=settings.label_schema.digest)
 
@@ -107,7 +110,7 @@ class NodeHome:
         except ValidationError as error:
             raise IntegrityError("node.json cannot be read.", "Restore it or run init in a new folder.") from error
 
-    @cached_property
+    @property
     def identity(self) -> Ed25519PrivateKey:
         """Return the key that signs this site's requests and receipts."""
         return Ed25519PrivateKey.from_private_bytes(self._key("identity.key"))
@@ -143,8 +146,8 @@ class NodeHome:
 
     @property
     def audit(self) -> HashChain:
-        """Return the audit log: what was done here, never an old value."""
-        return HashChain(self.root / "audit.jsonl")
+        """Return the audit log: what was done here, never an old value; signed with this site's identity."""
+        return HashChain(self.root / "audit.jsonl", self.identity)
 
     @contextmanager
     def locked(self, what: str) -> Iterator[None]:

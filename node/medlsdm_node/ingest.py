@@ -14,6 +14,8 @@ from typing import Any
 
 from medlsdm.checks import existing_folder
 from medlsdm.errors import QuarantineError
+from medlsdm_node.deid_settings import load_deid
+from medlsdm_node.evidence import Outcome, keep
 from medlsdm_node.home import NodeHome
 from medlsdm_node.vault import HELD, Vault
 
@@ -60,10 +62,11 @@ def ingest(home: NodeHome, source: Path, progress: Report | None = None, *, segm
         home: The node.
         source: The folder.
         progress: Called with what is being done, how many are done, and how many there are.
-        segmenter: What labels a series that came without a label map: ``NAME`` or ``NAME=FOLDER``.
+        segmenter: What labels a series that came without a label map, in place of deid.yaml's: ``NAME`` or
+            ``NAME=FOLDER``.
 
     Raises:
-        ConfigError: There is no such segmenter, or it cannot run here.
+        ConfigError: deid.yaml does not read, there is no such segmenter, or it cannot run here.
         DataError: The folder is missing or empty.
         QuarantineError: Nothing in it could be used.
     """
@@ -88,43 +91,57 @@ def take(
     home: NodeHome, source: Path, origin: str, progress: Report | None = None, *, segmenter: str = ""
 ) -> IngestResult:
     """Run a folder through the pipeline into the vault, and say what is held; ``origin`` is for the audit log."""
+    from deid_tools.evidence import EvidenceFolder
     from deid_tools.keys import SiteKeys
     from deid_tools.pipeline import deidentify, read_pairs
     from deid_tools.segmenters import load_segmenter
 
+    rules = load_deid(home)
+    segmenter = segmenter or rules.settings.segmenter or ""
     labeller = load_segmenter(segmenter) if segmenter else None
     started = time.monotonic()
     vault, settings = Vault(home), home.settings
     keys = SiteKeys.derive(home.master_key, settings.project)
     rows: list[HeldRow] = []
-    stored, patients, done = 0, set(), Counter[str]()
-    with home.locked("ingest"), tempfile.TemporaryDirectory(dir=home.run, prefix="ingest-") as spool:
-        report = deidentify(source, Path(spool), keys, schema=vault.schema, progress=progress)
+    stored, patients, done = Counter[str](), set(), Counter[str]()
+    with home.locked("ingest"), tempfile.TemporaryDirectory(dir=home.run, prefix="ingest-") as name:
+        spool = Path(name) / "clean"
+        seen = EvidenceFolder(Path(name) / "evidence") if rules.settings.pictures else None
+        report = deidentify(
+            source, spool, keys, schema=vault.schema, recipe=rules.recipe, policy=rules.policy(), progress=progress,
+            workers=rules.settings.workers, evidence=seen,
+        )  # fmt: skip
         rows += [HeldRow(item.token, item.path, item.reason) for item in report.held]
         unlabelled = {s.token for s in report.series if s.labels_held}
-        pairs = read_pairs(Path(spool), vault.schema, segmenter=labeller, held=unlabelled) if report.series else ()
+        pairs = read_pairs(spool, vault.schema, segmenter=labeller, held=unlabelled) if report.series else ()
         for result in pairs:
             if result.reason or result.scan is None or result.labels is None:
                 rows.append(HeldRow(result.token, Path(), result.reason))
                 continue
             vault.put_pair(result.token.replace("/", "."), result.scan, result.labels)
-            stored += 1
+            stored[result.token] += 1
             patients.add(result.scan.subject)
             done.update(result.notes)
+        outcome = Outcome(stored, {r.token: r.reason for r in rows if not r.path.name}, origin, rules.digest)
+        evidence = keep(home, report.studies, outcome, seen.picture_folder if seen else None)
     reasons = dict(Counter(row.reason for row in rows))
     home.audit.append(
         "ingest",
         origin=origin,
-        pairs=stored,
+        pairs=stored.total(),
         held=len(rows),
         recipe=report.recipe_sha256,
+        settings=rules.digest,
+        weaker="; ".join(rules.weaker),
+        text_search="drawn letters only" if "not installed" in report.ocr else "checked",
         segmenter=segmenter.partition("=")[0],
+        evidence=evidence,
     )
-    return IngestResult(
-        stored, len(patients), reasons, _notes(report.ocr, done), time.monotonic() - started, tuple(rows)
-    )
+    notes = _notes(report.ocr, done, rules.weaker)
+    return IngestResult(stored.total(), len(patients), reasons, notes, time.monotonic() - started, tuple(rows))
 
 
-def _notes(ocr: str, done: Counter[str]) -> tuple[str, ...]:
+def _notes(ocr: str, done: Counter[str], weaker: tuple[str, ...]) -> tuple[str, ...]:
     volumes = (f"{count} x {note}" for note, count in done.most_common())
-    return (*((f"burned-in text: {ocr}",) if ocr else ()), *volumes)
+    settings = (f"weaker than the default: {line}" for line in weaker)
+    return (*((f"burned-in text: {ocr}",) if ocr else ()), *settings, *volumes)

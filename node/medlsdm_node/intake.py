@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medlsdm.errors import BusyError, MedlsdmError, ResourceError
+from medlsdm_node.deid_settings import load_deid
 from medlsdm_node.home import NodeHome
 from medlsdm_node.ingest import IngestResult, take
 from medlsdm_node.spool import Spool, StudyRecord, instance
 
 if TYPE_CHECKING:
-    from medlsdm_node.receive import Receiver
+    from medlsdm_node.door import Door
     from medlsdm_node.receive_settings import ReceiveSettings
 
 TICK_SECONDS, AUDIT_SECONDS, RETRY_SECONDS = 1.0, 60.0, 30.0
@@ -101,7 +103,7 @@ class Intake:
 
     home: NodeHome
     spool: Spool
-    receiver: Receiver
+    doors: Sequence[Door]
     settings: ReceiveSettings
     say: Say
     stopping: bool = False
@@ -136,7 +138,8 @@ class Intake:
             self.count()
 
     def _may_take(self, study: str) -> bool:
-        return not self.receiver.busy_with(study) and time.monotonic() >= self.later.get(study, 0.0)
+        busy = self.spool.pulling(study) or any(door.busy_with(study) for door in self.doors)
+        return not busy and time.monotonic() >= self.later.get(study, 0.0)
 
     def take(self, study: str) -> None:
         """Take one study in; one that fails is held, so that it stops no other."""
@@ -159,48 +162,63 @@ class Intake:
             self.say("A study is held: the pipeline failed on it.")
 
     def count(self) -> None:
-        """Write what happened at the door into the audit log: counts and AE titles of receive.yaml, nothing else."""
+        """Write what happened at the doors into the audit log: counts and AE titles of receive.yaml, nothing else."""
         self.counted = time.monotonic()
-        counts = self.receiver.counts()
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for door in self.doors:
+            for caller, row in door.counts().items():
+                counts[caller].update(row)
         if counts:
-            self.home.audit.append("received", counts=counts)
-            total: dict[str, int] = {}
-            for row in counts.values():
-                for what, number in row.items():
-                    total[what] = total.get(what, 0) + number
+            self.home.audit.append("received", counts={caller: dict(row) for caller, row in counts.items()})
+            total = sum(counts.values(), Counter[str]())
             self.say("; ".join(f"{number} x {what}" for what, number in total.items()))
 
 
 def receive(home: NodeHome, say: Say) -> None:
-    """Listen for a PACS until SIGTERM or Ctrl-C.
+    """Listen for senders until SIGTERM or Ctrl-C.
 
     Raises:
-        ConfigError: receive.yaml does not read, or allows nobody.
-        BusyError: This node receives already, or the port is taken.
+        ConfigError: receive.yaml does not read, or allows nobody; or deid.yaml does not read.
+        BusyError: This node receives already, or a port is taken.
     """
     import signal
     import threading
     import warnings
 
-    from medlsdm_node.receive import Receiver
     from medlsdm_node.receive_settings import load_receive
 
     settings = load_receive(home)
+    load_deid(home).check_segmenter()
     warnings.simplefilter("ignore")  # pydicom's warnings quote the value that they warn of
     threading.excepthook = lambda caught: say(f"A connection ended with {caught.exc_type.__name__}.")
     with home.locked("receive"):
         spool = Spool(home)
         if torn := spool.recover():
             say(f"{torn} half-received files of an earlier run were deleted; they were never acknowledged.")
-        receiver = Receiver(spool, settings)
-        intake = Intake(home, spool, receiver, settings, say)
+        doors = _doors(spool, settings)
+        intake = Intake(home, spool, doors, settings, say)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(intake, "stopping", True))
-        receiver.start()
-        tls = "over TLS" if settings.tls else "without TLS"
-        say(f"{settings.ae_title} listens on {settings.host}:{receiver.port} {tls}. Ctrl-C stops it.")
         try:
+            for door in doors:
+                door.start()
+                say(f"{door.announcement}. Ctrl-C stops it.")
             intake.run()
         finally:
-            receiver.stop()
+            for door in doors:
+                door.stop()
     say("Stopped.")
+
+
+def _doors(spool: Spool, settings: ReceiveSettings) -> list[Door]:
+    """Return the doors that receive.yaml asks for; what it does not ask for is not even loaded."""
+    doors: list[Door] = []
+    if settings.calling:
+        from medlsdm_node.receive import Receiver
+
+        doors.append(Receiver(spool, settings))
+    if settings.web is not None:
+        from medlsdm_node.stow import WebDoor
+
+        doors.append(WebDoor(spool, settings, settings.web))
+    return doors

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pwd
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from medlsdm.errors import DataError, PolicyError, QuarantineError
+from medlsdm_node.account import who
 from medlsdm_node.home import NodeHome
 from medlsdm_node.ingest import ingest
 from medlsdm_node.intake import take_study
@@ -154,15 +153,6 @@ def purge(home: NodeHome, id: str) -> dict[str, Any]:
         spool.put_record(item.record, record)
         spool.prune(item.record)
     return {"item": item.id, "deleted": len(item.paths)}
-
-
-def who() -> str:
-    """Return the account that asks, for the audit log."""
-    number = int(os.environ.get("SUDO_UID", os.getuid()))
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"uid {number}"
 
 
 def _of_folders(home: NodeHome) -> Iterator[Item]:

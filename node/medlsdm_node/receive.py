@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,8 +17,11 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
 from medlsdm.errors import BusyError
+from medlsdm_node.door import UNKNOWN, Door
+from medlsdm_node.part10 import SYNTAXES
 from medlsdm_node.receive_settings import ReceiveSettings
-from medlsdm_node.spool import Arrival, Spool
+from medlsdm_node.spool import Spool
+from medlsdm_node.taking import Taking
 
 if TYPE_CHECKING:
     from pynetdicom.events import Event
@@ -29,31 +31,16 @@ MAX_COMMAND_BYTES = 1 << 20  # a command, or the data set of anything but a C-ST
 MIN_PDU_LIMIT = 1 << 17  # room for an association request with many presentation contexts
 HANDSHAKE_SECONDS, ACSE_SECONDS = 15.0, 30.0
 READ_BYTES = 1 << 16
-SYNTAXES = [  # in the order of our liking; what the pipeline cannot read is taken and then held with its reason
-    "1.2.840.10008.1.2.1",
-    "1.2.840.10008.1.2.4.80",
-    "1.2.840.10008.1.2.4.81",
-    "1.2.840.10008.1.2.4.90",
-    "1.2.840.10008.1.2.4.91",
-    "1.2.840.10008.1.2.4.70",
-    "1.2.840.10008.1.2.4.57",
-    "1.2.840.10008.1.2.5",
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.51",
-    "1.2.840.10008.1.2",
-    "1.2.840.10008.1.2.2",
-]
 
 
 @dataclass(slots=True, eq=False)
 class _Store:
     """Stand for the temporary file of pynetdicom's chunked receive; refuses once a limit is passed."""
 
-    receiver: Receiver
+    taking: Taking
     association: _Traffic
-    arrival: Arrival | None = None
-    refused: str = ""
-    name: str = ""
+    quota: int
+    name: str
 
     @property
     def file(self) -> Self:
@@ -61,29 +48,14 @@ class _Store:
 
     def write(self, content: bytes) -> int:
         """Add bytes, or let them go once the instance is refused: the sender gets its answer at the end."""
-        settings = self.receiver.settings
         self.association.bytes += len(content)
-        if self.arrival is None:
-            return len(content)
-        if self.association.bytes > settings.max_association_bytes:
-            return self._refuse("the association's quota is spent", content)
-        if self.arrival.bytes + len(content) > settings.max_instance_bytes:
-            return self._refuse("the instance is too large", content)
-        try:
-            return self.arrival.write(content)
-        except OSError:
-            return self._refuse("the disk is full", content)
-
-    def _refuse(self, reason: str, content: bytes) -> int:
-        self.refused = reason
-        self.discard()
-        return len(content)
+        if self.association.bytes > self.quota:
+            self.taking.refuse("the association's quota is spent")
+        return self.taking.write(content)
 
     def discard(self) -> None:
         """Let go of what is not acknowledged."""
-        if self.arrival is not None:
-            self.arrival.writer.discard()
-            self.arrival = None
+        self.taking.discard()
 
     def flush(self) -> None:
         """Do nothing: a chunk is written when it is full, and what counts is ``finish``."""
@@ -102,7 +74,7 @@ class _Traffic:
     studies: set[str] = field(default_factory=set)
 
 
-class Receiver:
+class Receiver(Door):
     """Listen for a PACS and keep what it sends in the spool. One in a process: pynetdicom's settings are global.
 
     Args:
@@ -111,10 +83,9 @@ class Receiver:
     """
 
     def __init__(self, spool: Spool, settings: ReceiveSettings) -> None:
-        self.spool, self.settings = spool, settings
-        self.tally: Counter[tuple[str, str]] = Counter()
+        super().__init__(spool)
+        self.settings = settings
         self._traffic: dict[Any, _Traffic] = {}
-        self._lock = threading.Lock()
         self.server: _Server | None = None
 
     def start(self) -> None:
@@ -159,6 +130,12 @@ class Receiver:
         assert self.server is not None
         return self.server.server_address[1]
 
+    @property
+    def announcement(self) -> str:
+        """Say where it listens."""
+        tls = "over TLS" if self.settings.tls else "without TLS"
+        return f"{self.settings.ae_title} listens on {self.settings.host}:{self.port} {tls}"
+
     def stop(self) -> None:
         """Close the port and end every association."""
         if self.server is not None:
@@ -177,20 +154,6 @@ class Receiver:
             store.discard()
         return busy
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Return and reset what happened since the last call: {AE title: {what: how often}}."""
-        with self._lock:
-            taken, self.tally = self.tally, Counter()
-        found: dict[str, dict[str, int]] = {}
-        for (caller, what), count in sorted(taken.items()):
-            found.setdefault(caller, {})[what] = count
-        return found
-
-    def count(self, caller: str, what: str) -> None:
-        """Count something that happened; ``caller`` is an AE title of receive.yaml, or "unknown"."""
-        with self._lock:
-            self.tally[caller, what] += 1
-
     def traffic(self, association: Any) -> _Traffic:
         """Return what is followed of an association."""
         with self._lock:
@@ -199,14 +162,9 @@ class Receiver:
     def open_store(self, *_: Any, **__: Any) -> _Store:
         """Stand in for ``NamedTemporaryFile`` where pynetdicom begins to receive an instance."""
         traffic = self.traffic(threading.current_thread().assoc)  # type: ignore[attr-defined]
-        store = _Store(self, traffic)
-        try:
-            low = self.spool.free_bytes() < self.settings.min_free_bytes
-            store.refused = "the disk is low" if low else ""
-            store.arrival = None if low else self.spool.begin()
-        except OSError:
-            store.refused = "the disk is full"
-        store.name = str(store.arrival.writer.path) if store.arrival else str(self.spool.incoming / "refused")
+        taking = Taking(self.spool, self.settings)
+        name = str(taking.arrival.writer.path if taking.arrival else self.spool.incoming / "refused")
+        store = _Store(taking, traffic, self.settings.max_association_bytes, name)
         traffic.stores.append(store)
         return store
 
@@ -217,25 +175,17 @@ class Receiver:
             self.count(caller, "without data")
             return CANNOT_UNDERSTAND
         store.association.stores.remove(store)
-        if store.arrival is None:
-            self.count(caller, f"refused: {store.refused}")
+        taken = store.taking.keep(str(request.AffectedSOPInstanceUID), str(event.context.transfer_syntax))
+        if taken.outcome is None:
+            self.count(caller, f"refused: {taken.refused}")
             return OUT_OF_RESOURCES
-        arrival, store.arrival = store.arrival, None
-        try:
-            study, outcome = self.spool.accept(
-                arrival, str(request.AffectedSOPInstanceUID), str(event.context.transfer_syntax)
-            )
-        except OSError:
-            arrival.writer.discard()
-            self.count(caller, "refused: the disk is full")
-            return OUT_OF_RESOURCES
-        store.association.studies.add(study)
-        self.count(caller, outcome.value)
+        store.association.studies.add(taken.study)
+        self.count(caller, taken.outcome.value)
         return SUCCESS
 
     def _rejected(self, event: Event) -> None:
         caller = event.assoc.requestor.ae_title
-        self.count(caller if caller in self.settings.calling else "unknown", "association rejected")
+        self.count(caller if caller in self.settings.calling else UNKNOWN, "association rejected")
 
     def _closed(self, event: Event) -> None:
         with self._lock:
@@ -313,7 +263,7 @@ class _Server(ThreadedAssociationServer):
         """Refuse an address that is not on the list, and more connections than associations could use."""
         crowded = threading.active_count() > 32 + 8 * self.receiver.settings.max_associations
         if crowded or not self.receiver.settings.allows(client_address[0]):
-            self.receiver.count("unknown", "connection refused")
+            self.receiver.count(UNKNOWN, "connection refused")
             return False
         return True
 
@@ -327,4 +277,4 @@ class _Server(ThreadedAssociationServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Count a connection that failed, where the library would print a trace."""
-        self.receiver.count("unknown", "connection failed")
+        self.receiver.count(UNKNOWN, "connection failed")

@@ -29,7 +29,14 @@ min_free_bytes: 10737418240           # with less free on the disk every instanc
 quiet_seconds: 60             # a study is complete when nothing came for so long
 idle_seconds: 60              # an association that says nothing for so long is ended
 keep_hours: 24                # originals of a study that was taken in wait so long, sealed, for late instances
+web: null                     # DICOMweb (STOW-RS), for sites without C-STORE; see docs/node.md. For example:
+#  host: 127.0.0.1            # other than loopback needs 'tls'
+#  port: 8043
+#  addresses: [10.1.2.3]      # nothing listens without one
+#  token_file: FILE           # a bearer token that senders show (chmod 600); or demand a certificate by client_ca
+#  tls: {certificate: FILE, key: FILE, client_ca: FILE}
 """
+MIN_TOKEN_CHARACTERS = 16
 
 
 class Tls(BaseModel):
@@ -60,6 +67,62 @@ class Tls(BaseModel):
         return context
 
 
+Addresses = tuple[IPv4Network | IPv6Network, ...]
+
+
+class WebSettings(BaseModel):
+    """Hold the rules of the DICOMweb door; its limits on an instance, the disk and silence are those of receive.yaml.
+
+    ``max_request_bytes`` and ``max_parts`` bound one request, ``max_uploads`` how many are read at the same time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8043, ge=0, le=65535)
+    addresses: Addresses = ()
+    tls: Tls | None = None
+    token_file: Path | None = None
+    max_uploads: int = Field(default=4, ge=1, le=32)
+    max_request_bytes: int = Field(default=16 << 30, ge=1)
+    max_parts: int = Field(default=20_000, ge=1, le=100_000)
+
+    def check(self) -> None:
+        """Refuse a door that is open to anybody, or on which a token could be overheard.
+
+        Raises:
+            ConfigError: It names no address, neither a token nor a CA of senders, or lacks TLS where it needs it.
+        """
+        if not self.addresses:
+            raise ConfigError("The web section of receive.yaml allows nobody to send.", "Name 'addresses' in it.")
+        if self.token_file is None and (self.tls is None or self.tls.client_ca is None):
+            raise ConfigError(
+                "The web section of receive.yaml asks nobody who they are.", "Give it a token_file or tls.client_ca."
+            )
+        if self.tls is None and self.host not in ("127.0.0.1", "::1", "localhost"):
+            raise ConfigError("DICOMweb needs TLS but on loopback.", "Give the web section of receive.yaml 'tls'.")
+
+    def token(self) -> bytes | None:
+        """Return the bearer token that senders must show, or None where a certificate is asked for instead.
+
+        Raises:
+            ConfigError: The file does not read, others may read it, or its token is short or not plain ASCII.
+        """
+        if self.token_file is None:
+            return None
+        try:
+            if self.token_file.stat().st_mode & 0o077:
+                raise ConfigError("Others may read the token_file of receive.yaml.", "Run: chmod 600 on it.")
+            token = self.token_file.read_bytes().strip()
+        except OSError as error:
+            raise ConfigError("The token_file of receive.yaml cannot be read.", "Check 'web' in it.") from error
+        if len(token) < MIN_TOKEN_CHARACTERS or not all(0x21 <= character <= 0x7E for character in token):
+            raise ConfigError(
+                f"The token_file of receive.yaml holds no token of {MIN_TOKEN_CHARACTERS} characters or more.",
+                "Write one line: openssl rand -hex 32.",
+            )
+        return token
+
+
 class ReceiveSettings(BaseModel):
     """Hold the rules; see DEFAULT_RECEIVE for what each one means."""
 
@@ -68,7 +131,7 @@ class ReceiveSettings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=11112, ge=0, le=65535)
     calling: tuple[str, ...] = ()
-    addresses: tuple[IPv4Network | IPv6Network, ...] = ()
+    addresses: Addresses = ()
     tls: Tls | None = None
     max_associations: int = Field(default=8, ge=1, le=100)
     max_pdu_bytes: int = Field(default=1 << 18, ge=1 << 12, le=1 << 24)
@@ -78,12 +141,18 @@ class ReceiveSettings(BaseModel):
     quiet_seconds: float = Field(default=60, gt=0)
     idle_seconds: float = Field(default=60, gt=0)
     keep_hours: float = Field(default=24, ge=0)
+    web: WebSettings | None = None
 
     def allows(self, address: str) -> bool:
-        """Tell whether an address may connect; an IPv4 address may come mapped into IPv6."""
-        found = ip_address(address.partition("%")[0])
-        found = getattr(found, "ipv4_mapped", None) or found
-        return any(found in network for network in self.addresses)
+        """Tell whether an address may connect to the C-STORE port."""
+        return allows(self.addresses, address)
+
+
+def allows(addresses: Addresses, address: str) -> bool:
+    """Tell whether an address is of these networks; an IPv4 address may come mapped into IPv6."""
+    found = ip_address(address.partition("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or found
+    return any(found in network for network in addresses)
 
 
 def load_receive(home: NodeHome) -> ReceiveSettings:
@@ -92,16 +161,28 @@ def load_receive(home: NodeHome) -> ReceiveSettings:
     Raises:
         ConfigError: It does not read, or names no sender.
     """
+    settings = read_receive(home)
+    if settings.web is not None:
+        settings.web.check()
+    if bool(settings.calling) != bool(settings.addresses) or not (settings.calling or settings.web):
+        path = home.root / "receive.yaml"
+        raise ConfigError("receive.yaml allows nobody to send.", f"Name 'calling' and 'addresses' in {path}.")
+    return settings
+
+
+def read_receive(home: NodeHome) -> ReceiveSettings:
+    """Read ``receive.yaml``, whoever it allows; make it where there is none.
+
+    Raises:
+        ConfigError: It does not read.
+    """
     path = home.root / "receive.yaml"
     if not path.exists():
         write_atomic(path, DEFAULT_RECEIVE.encode(), mode=0o600)
     try:
-        settings = ReceiveSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return ReceiveSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("receive.yaml cannot be read (it is not YAML).", "Correct it.") from error
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ConfigError(f"receive.yaml cannot be read ({where}).", "Correct it.") from error
-    if not settings.calling or not settings.addresses:
-        raise ConfigError("receive.yaml allows nobody to send.", f"Name 'calling' and 'addresses' in {path}.")
-    return settings

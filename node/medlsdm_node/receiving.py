@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from medlsdm.federation.app import die_with_parent, end_group, program
+from medlsdm_node.deid_settings import load_deid
 from medlsdm_node.home import NodeHome
 from medlsdm_node.receive_settings import load_receive
 
@@ -21,9 +22,10 @@ def beside(home: NodeHome, say: Callable[[str], None]) -> Iterator[None]:
     """Keep ``medlsdm-node receive`` running for as long as the block does.
 
     Raises:
-        ConfigError: receive.yaml does not read, or allows nobody.
+        ConfigError: receive.yaml does not read, or allows nobody; or deid.yaml does not read.
     """
     load_receive(home)
+    load_deid(home).check_segmenter()
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(home, say, done), daemon=True)
     watcher.start()

@@ -1,6 +1,6 @@
 """Where received instances lie, sealed, from the moment they arrive until their study is taken in or purged.
 
-``spool/incoming`` holds what is being received; nothing there was acknowledged and a start wipes it.
+``spool/incoming`` and ``pulling`` hold what is under way; nothing there was acknowledged and a start wipes it.
 ``spool/studies/<study>/`` holds what was acknowledged: ``in`` awaits or underwent the pipeline, ``differing`` are
 instances whose SOP Instance UID stands for other bytes already, ``late`` are instances of a study whose originals
 are gone. A file's name is two keyed hashes, of its SOP Instance UID and of its bytes, so that an equal instance is
@@ -12,12 +12,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import hmac
-import io
 import json
 import os
 import secrets
 import shutil
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +23,14 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from medlsdm.errors import DataError, IntegrityError
+from medlsdm.errors import BusyError, DataError, IntegrityError
 from medlsdm_node.home import NodeHome
+from medlsdm_node.part10 import META_START, data_set_uids, meta_end
 from medlsdm_node.sealed import SealedWriter, read_sealed
 from medlsdm_node.vault import Vault
 
 KIND = "spool"  # the vault's kind of study records
 PREFIX_BYTES = 4 << 20  # where the study's UID is looked for
-_META_START = 128 + 4 + 12  # preamble, "DICM", and the element that tells the meta group's length
 _HEX = 32
 
 
@@ -77,9 +75,8 @@ class Arrival:
         """Add bytes of a DICOM file, file meta first."""
         if len(self.prefix) < PREFIX_BYTES:
             self.prefix += content[: PREFIX_BYTES - len(self.prefix)]
-        if not self._meta_end and len(self.prefix) >= _META_START:
-            (length,) = struct.unpack("<I", self.prefix[_META_START - 4 : _META_START])
-            self._meta_end = _META_START + length
+        if not self._meta_end and len(self.prefix) >= META_START:
+            self._meta_end = meta_end(self.prefix) or META_START
         if self._meta_end:  # the meta group names the writing software, which may change between two sendings
             self._digest.update(content[max(self._meta_end - self.bytes, 0) :])
         self.bytes += len(content)
@@ -92,33 +89,36 @@ class Arrival:
 
     def study_uid(self) -> str:
         """Return StudyInstanceUID (0020,000D), or "" where the beginning of the file does not tell it."""
-        from pydicom.filereader import read_partial
-
-        try:
-            ds = read_partial(io.BytesIO(bytes(self.prefix)), lambda tag, vr, length: tag > 0x0020000D)
-            return str(ds.get("StudyInstanceUID", "") or "").strip(" \0")
-        except Exception:  # whatever a hostile header makes the parser raise: the pipeline will say what is wrong
-            return ""
+        return data_set_uids(self.prefix, ("StudyInstanceUID",))[0]
 
 
 class Spool:
-    """Open the spool of a node. Safe for several threads and processes."""
+    """Open the spool of a node. Safe for several threads and processes.
 
-    def __init__(self, home: NodeHome) -> None:
+    Args:
+        home: The node.
+        incoming: The folder of ``spool/`` for what is being received; each program that receives has its own.
+    """
+
+    def __init__(self, home: NodeHome, incoming: str = "incoming") -> None:
         self.home, self.vault = home, Vault(home)
         self.root = home.root / "spool"
-        self.incoming, self.studies_folder = self.root / "incoming", self.root / "studies"
+        self.incoming, self.studies_folder = self.root / incoming, self.root / "studies"
         self._key, self._name_key = home.derive("spool/bytes"), home.derive("spool/names")
         for folder in (self.root, self.incoming, self.studies_folder):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def recover(self) -> int:
         """Delete what a killed receiver left half-written, and return how many files that were."""
+        for folder in self.home.run.glob("study-*"):
+            shutil.rmtree(folder)
+        return self.wipe_incoming()
+
+    def wipe_incoming(self) -> int:
+        """Delete what was half-written in this spool's own folder, and return how many files that were."""
         leftovers = list(self.incoming.iterdir())
         for path in leftovers:
             path.unlink()
-        for folder in self.home.run.glob("study-*"):
-            shutil.rmtree(folder)
         return len(leftovers)
 
     @contextmanager
@@ -177,6 +177,35 @@ class Spool:
     def folder(self, study: str, part: str) -> Path:
         """Return where a part of a study lies: ``in``, ``differing`` or ``late``."""
         return self.studies_folder / study / part
+
+    def known(self, study_uid: str) -> set[str]:
+        """Return the (hashed) SOP Instance UIDs of a study that are here or were taken in, whatever their bytes are."""
+        study = self.hash(study_uid)
+        here = (self.studies_folder / study).glob("*/*.sealed")
+        return {instance(path.name)[0] for path in here} | set(self.record(study).instances)
+
+    @contextmanager
+    def pull(self, study: str) -> Iterator[None]:
+        """Say that a study is being pulled, so that nobody takes it in by halves; the caller holds ``pull``."""
+        mark = self.home.run / "pull.study"
+        mark.write_text(study)
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+
+    def pulling(self, study: str) -> bool:
+        """Tell whether a study is being pulled at this moment."""
+        try:
+            if (self.home.run / "pull.study").read_text() != study:
+                return False
+        except FileNotFoundError:
+            return False
+        try:
+            with self.home.locked("pull"):
+                return False  # who pulled was killed
+        except BusyError:
+            return True
 
     def files(self, study: str, part: str = "in") -> list[Path]:
         """Return the sealed files of a part of a study, by name."""

@@ -8,6 +8,7 @@ import time
 from typing import Any, NoReturn
 
 from medlsdm.checks import write_atomic
+from medlsdm.errors import ConfigError
 from medlsdm_node.home import NodeHome
 
 WATCH_SECONDS = 0.5
@@ -70,4 +71,24 @@ def node_status(home: NodeHome) -> dict[str, Any]:
         "activity": read_activity(home),
         "losses": read_losses(home),
         "audit_records": len(home.audit.records()),
+        "deidentification": _deidentification(home),
+    }
+
+
+def _deidentification(home: NodeHome) -> dict[str, Any]:
+    """Say under which settings this node de-identifies, and what in them is weaker than the default."""
+    from medlsdm_node.deid_settings import load_deid
+
+    try:
+        rules = load_deid(home)
+    except ConfigError as error:
+        return {"error": str(error)}
+    chosen = rules.settings
+    return {
+        "recipe": " + ".join([chosen.recipe, *chosen.options]),
+        "text": chosen.text,
+        "faces": chosen.faces,
+        "pictures": chosen.pictures,
+        "settings": rules.digest,
+        "weaker": list(rules.weaker),
     }

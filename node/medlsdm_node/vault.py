@@ -24,6 +24,7 @@ from medlsdm_node.home import NodeHome
 MAGIC = b"MLV1"
 NONCE_BYTES = 12
 PAIR, LATENTS, SYNTHETIC, MAP, HELD = "pair", "latents", "synthetic", "map", "held"
+EVIDENCE, EVIDENCE_PICTURES = "evidence", "evidence-pictures"
 _NAME = re.compile(r"^[A-Za-z0-9._-]{1,120}$")
 
 

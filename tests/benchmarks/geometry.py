@@ -32,6 +32,7 @@ from medlsdm.errors import DataError
 from medlsdm.types import Geometry
 from medlsdm.volumes import resample, to_ras
 
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "dicom"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 BY_AFFINE = "equal to scipy's affine resampler; dcm2niix misplaces it by 43 mm"
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -387,7 +388,7 @@ def cases() -> list[Case]:
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", nargs="?", type=Path, default=DATA, help="a folder of real DICOM series")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--json", action="store_true")
@@ -396,7 +397,7 @@ def main() -> None:
     rows = []
     for case in cases():
         if options.only in case.name:
-            rows.append(compare(case, options.data / "dicom"))
+            rows.append(compare(case, options.data))
             print(f"{rows[-1].verdict:>24}  {rows[-1].series}", file=sys.stderr, flush=True)
     if options.write:
         text = options.write.read_text()

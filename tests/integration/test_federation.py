@@ -453,7 +453,7 @@ def test_a_killed_node_leaves_no_program_behind(federation: Federation):
     assert any("flower-supernode" in command for command in of_home(flwr_home).values())
     os.kill(node.pid, signal.SIGKILL)
     node.wait(10)
-    wait_until_gone(flwr_home, 30)
+    wait_until_gone(flwr_home, 90)
 
 
 def test_a_node_that_is_told_to_stop_says_so(federation: Federation):

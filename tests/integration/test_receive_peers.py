@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import ipaddress
 import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from .conftest import ask, call, environment, free_port, wait_for
 
 pytestmark = pytest.mark.peers
 PATIENCE_S = 300
+LOOPBACK = ipaddress.ip_address("127.0.0.1")
 
 
 def need(*programs: str) -> None:
@@ -135,7 +137,24 @@ def test_dcmtk_echoes_and_pushes_and_who_is_not_named_is_refused(tmp_path, study
         assert total == {"stored": 25, "equal": 25}
 
 
-def test_killed_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(tmp_path, study):
+def test_dcmtk_is_told_of_a_low_disk_and_a_wrong_address_hears_nothing(tmp_path, study):
+    need("echoscu", "storescu")
+    with new_node(tmp_path, min_free_bytes=1 << 60) as node:
+        command = [found("storescu"), "-v", "-R", "-nh", "-aet", "STORESCU", "-aec", "MEDLSDM", "127.0.0.1"]
+        done = subprocess.run(
+            [*command, str(node.port), "+sd", "+r", str(study)], capture_output=True, text=True, check=False
+        )
+        assert (done.stdout + done.stderr).count("Refused: OutOfResources") == 25
+        assert node.kept() == []
+        assert "25 x refused: the disk is low" in node.stop()
+        node.rules(min_free_bytes=0, addresses=["10.9.8.0/24"])
+        node.start()
+        assert scu("echoscu", node, "") != 0
+        assert "connection refused" in node.stop()
+
+
+@pytest.mark.parametrize("after_instances", [1, 5, 18])
+def test_killed_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(tmp_path, study, after_instances):
     need("storescu")
     files = sorted(str(p) for p in study.rglob("*") if p.is_file())
     with new_node(tmp_path, quiet_seconds=600.0) as node:
@@ -152,12 +171,12 @@ def test_killed_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(tmp_pat
             *files,
         ]
         sender = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        wait_for(lambda: len(node.kept()) >= 5, PATIENCE_S, "five instances", every=0.002)
+        wait_for(lambda: len(node.kept()) >= after_instances, PATIENCE_S, "instances", every=0.002)
         node.stop(signal.SIGKILL)
         said, _ = sender.communicate(timeout=PATIENCE_S)
         acknowledged = said.count("Received Store Response (Success)")
         assert sender.returncode != 0
-        assert 4 <= acknowledged < len(files)
+        assert after_instances - 1 <= acknowledged < len(files)
         after = {p.name for p in node.kept()}
         assert acknowledged <= len(after) <= acknowledged + 1  # one may be on the disk whose answer was not sent yet
         node.rules(quiet_seconds=2.0)
@@ -170,13 +189,18 @@ def test_killed_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(tmp_pat
         assert ask("medlsdm-node", "quarantine", "list", "--home", node.home) == []
 
 
-def test_memory_stays_flat_while_a_large_instance_arrives(tmp_path, study):
-    need("storescu")
-    megabytes = 192
+def write_large(study: Path, path: Path, megabytes: int) -> Path:
     ds = pydicom.dcmread(next(p for p in sorted(study.rglob("*")) if p.is_file()))
     ds.NumberOfFrames, ds.Rows, ds.Columns = megabytes * 2, 512, 512
     ds.PixelData = bytes(megabytes << 20)
-    ds.save_as(tmp_path / "large.dcm")
+    ds.save_as(path)
+    return path
+
+
+def test_memory_stays_flat_while_a_large_instance_arrives(tmp_path, study):
+    need("storescu")
+    megabytes = 192
+    write_large(study, tmp_path / "large.dcm", megabytes)
     with new_node(tmp_path, quiet_seconds=600.0) as node:
         assert node.process is not None
         assert scu("storescu", node, str(tmp_path / "large.dcm")) == 0
@@ -219,6 +243,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(LOOPBACK)]), False)
         .sign(key, hashes.SHA256())
     )
     public, private = folder / "node.crt", folder / "node.key"
@@ -236,8 +261,17 @@ def rest(inside: tuple[str, ...], path: str, *arguments: str) -> object:
 
 
 @contextlib.contextmanager
-def orthanc(folder: Path, inside: tuple[str, ...], node: Node, tls: dict[str, object]) -> Iterator[None]:
-    modality = {"AET": "MEDLSDM", "Host": "127.0.0.1", "Port": node.port, "UseDicomTls": bool(tls)}
+def orthanc(
+    folder: Path,
+    inside: tuple[str, ...],
+    node: Node,
+    more: dict[str, object],
+    asked: Callable[[str], object] | None = None,
+) -> Iterator[None]:
+    """Run Orthanc with further settings; with a DICOM TLS certificate among them, it speaks TLS to the node."""
+    asked = asked or (lambda path: rest(inside, path))
+    tls = "DicomTlsCertificate" in more
+    modality = {"AET": "MEDLSDM", "Host": "127.0.0.1", "Port": node.port, "UseDicomTls": tls}
     settings = {
         "StorageDirectory": str(folder / "orthanc"),
         "IndexDirectory": str(folder / "orthanc"),
@@ -248,13 +282,13 @@ def orthanc(folder: Path, inside: tuple[str, ...], node: Node, tls: dict[str, ob
         "RemoteAccessAllowed": False,
         "DicomModalities": {"node": modality, "wrong": modality | {"AET": "OTHER"}},
     }
-    (folder / "orthanc.json").write_text(json.dumps(settings | tls))
+    (folder / "orthanc.json").write_text(json.dumps(settings | more))
     with (folder / "orthanc.log").open("w") as log:
         process = subprocess.Popen(
             [*inside, "Orthanc", str(folder / "orthanc.json")], stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            wait_for(lambda: rest(inside, "system"), PATIENCE_S, "Orthanc", every=1)
+            wait_for(lambda: asked("system"), 60, "Orthanc", every=1)
             yield
         finally:
             process.terminate()

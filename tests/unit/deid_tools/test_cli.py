@@ -32,7 +32,7 @@ def test_run_and_verify(study, tmp_path):
     assert len(bytes.fromhex(key.read_text())) == 32
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     checked = call("verify", str(tmp_path / "out"), "--json", home=tmp_path / "home")
-    assert (checked.returncode, json.loads(checked.stdout)) == (0, {"clean": True, "findings": []})
+    assert (checked.returncode, json.loads(checked.stdout)) == (0, {"clean": True, "findings": [], "notes": []})
     (tmp_path / "out" / "note.txt").write_text("x")
     assert call("verify", str(tmp_path / "out"), home=tmp_path / "home").returncode == 10
 

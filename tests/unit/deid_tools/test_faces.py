@@ -9,13 +9,18 @@ from deid_tools.face_series import deface
 from deid_tools.faces import ANGLES_DEGREES, FaceCut, LabelledBrain, face_cut, mask_points
 from deid_tools.instances import cut, images
 from deid_tools.modules import save_clean, stamp
-from deid_tools.treatment import labelled_brain, says_head
+from deid_tools.pipeline import deidentify, read_pairs
+from deid_tools.plant import write_planted_study
+from deid_tools.treatment import PixelPolicy, labelled_brain, says_head
 from deid_tools.uids import fresh_uid
-from medlsdm.types import Geometry, LabelClass, LabelSchema, Modality
+from deid_tools.verify import verify_folder
+from medlsdm.types import Geometry, LabelClass, LabelSchema, Modality, SemanticMap
+from medlsdm.volumes import write_nifti
 
 SIZE = (60, 76, 76)
 SPACING = 3.0
 ORIGIN = np.array([-90.0, -110.0, -130.0])
+BRAIN = LabelSchema("brain", (LabelClass(0, "background"), LabelClass(1, "brain", "12738006")))
 
 
 def places() -> tuple[np.ndarray, ...]:
@@ -115,9 +120,22 @@ def test_labels_guard_every_voxel_and_a_picture_shows_the_effect(tmp_path):
     from matplotlib.image import imread
 
     shown = imread(tmp_path / "inside" / "face.png")
-    above, below = np.array_split(shown, 2)
-    assert (above != below).mean() > 0.05
+    half = shown.shape[0] // 2
+    assert (np.abs(shown[:half] - shown[half : 2 * half]) > 0.2).mean() > 0.05
     assert (tmp_path / "inside" / "face.png").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(("size", "declared"), [(0.75, False), (0.62, True)], ids=["a child", "a newborn, declared"])
+def test_the_face_of_a_smaller_head_goes(tmp_path, size, declared):
+    array, parts = phantom(Modality.MR)
+    affine = upright()
+    affine[:3] *= size
+    paths = write(tmp_path, array, affine, Modality.MR)
+    before = volume(paths)
+    assert deface(paths, hu=False, declared=declared).outcome == "removed"
+    change = np.flip(np.transpose(volume(paths) != before, (2, 1, 0)), (0, 1))  # rows and columns were turned to LPS
+    assert change[parts["face"]].mean() > 0.75
+    assert not change[parts["brain"]].any()
 
 
 def test_what_is_no_head_is_left_alone_unless_the_header_says_head(tmp_path):
@@ -175,7 +193,68 @@ def test_a_header_says_head_in_several_ways():
     assert not says_head(ds)
     ds.BodyPartExamined = "KNEE"
     assert not says_head(ds)
+    ds.BodyPartExamined = "NECK"  # shows nose, mouth and chin
+    assert says_head(ds)
+    ds.BodyPartExamined = "KNEE"
     item = pydicom.Dataset()
     item.CodeMeaning = "Brain structure"
     ds.AnatomicRegionSequence = [item]
     assert says_head(ds)
+
+
+@pytest.mark.parametrize("form", ["DICOM SEG", "NIfTI"])
+def test_a_labelled_brain_stays_bit_for_bit_and_the_face_goes(tmp_path, keys, monkeypatch, form):
+    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+    array, parts = phantom(Modality.CT)
+    geometry = Geometry(upright(), SIZE)
+    labels = SemanticMap(parts["brain"].astype(np.uint8), geometry, BRAIN)
+    write_planted_study(array, geometry, Modality.CT, labels, tmp_path / "in", seed=3, hospital="Northgate")
+    if form == "NIfTI":
+        segmentation = next((tmp_path / "in").rglob("*_SEG.dcm"))
+        write_nifti(segmentation.parent / "brain.nii.gz", labels.array.astype(np.uint16), geometry)
+        segmentation.unlink()
+    policy = PixelPolicy(pictures=tmp_path / "inside")
+    report = deidentify(tmp_path / "in", tmp_path / "out", keys, schema=BRAIN, policy=policy)
+    (series,) = report.series
+    assert (series.pixels.face, series.pixels.guard, series.labels) == ("removed", "labels", 1)
+    (pair,) = read_pairs(tmp_path / "out", BRAIN)
+    assert pair.scan is not None
+    assert pair.labels is not None
+    np.testing.assert_array_equal(pair.labels.array, labels.array)
+    np.testing.assert_array_equal(pair.scan.array[parts["brain"]], array[parts["brain"]])
+    assert (pair.scan.array[parts["face"]] == -1000).all()
+    assert [p.suffix for p in (tmp_path / "inside").iterdir()] == [".png"]
+    ds = pydicom.dcmread(next((tmp_path / "out").rglob("0001.dcm")))
+    assert ds.RecognizableVisualFeatures == "NO"
+    assert "113102" in [item.CodeValue for item in ds.DeidentificationMethodCodeSequence]
+
+
+@pytest.mark.parametrize("form", ["DICOM SEG", "NIfTI"])
+def test_no_label_map_outlines_the_face_that_was_cut_off_not_even_one_that_comes_later(
+    tmp_path, keys, monkeypatch, form
+):
+    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+    skin = LabelSchema("skin", (LabelClass(0, "background"), LabelClass(1, "brain", "12738006"), LabelClass(2, "body")))
+    array, parts = phantom(Modality.CT)
+    geometry = Geometry(upright(), SIZE)
+    outlined = SemanticMap(np.where(parts["brain"], 1, parts["head"] * 2).astype(np.uint8), geometry, skin)
+    write_planted_study(array, geometry, Modality.CT, outlined, tmp_path / "in", seed=3, hospital="Northgate")
+    segmentation = next((tmp_path / "in").rglob("*_SEG.dcm"))
+    if form == "NIfTI":
+        write_nifti(segmentation.parent / "body.nii.gz", outlined.array.astype(np.uint16), geometry)
+        segmentation.unlink()
+    late = next(path for path in (tmp_path / "in").rglob("*") if path.name in (segmentation.name, "body.nii.gz"))
+    for come in (True, False):
+        out = tmp_path / f"out {come}"
+        if not come:
+            late.rename(tmp_path / late.name)
+            assert deidentify(tmp_path / "in", out, keys, schema=skin).series[0].labels == 0
+            (tmp_path / late.name).rename(late)
+        report = deidentify(tmp_path / "in", out, keys, schema=skin)
+        assert [s.labels for s in report.series] == [1], report.reasons()
+        (pair,) = read_pairs(out, skin)
+        assert pair.labels is not None
+        assert not pair.labels.array[parts["face"]].any()
+        assert (pair.labels.array[parts["brain"]] == 1).all()
+        assert (pair.labels.array == 2).sum() > 1000
+        assert verify_folder(out) == []

@@ -7,10 +7,11 @@ import numpy as np
 import pydicom
 import pytest
 
+from deid_tools.labels import combine
 from deid_tools.nested import code_meaning, match_class
-from deid_tools.segmentations import read_segmentation
+from deid_tools.segmentations import read_segmentation, refuse_undescribed
 from medlsdm.errors import DataError, GeometryError, SchemaError
-from medlsdm.types import Geometry, LabelClass, LabelSchema
+from medlsdm.types import Geometry, LabelClass, LabelSchema, SemanticMap
 
 
 def segmentation(study) -> pydicom.FileDataset:
@@ -233,3 +234,31 @@ def test_two_classes_of_one_code_need_a_name_even_where_the_rest_is_left_out():
     spleen = match_class(sides, "78961009", "SCT", "spleen")
     assert spleen is not None
     assert spleen.id == 0
+
+
+def test_label_maps_of_one_organ_each_become_one(schema):
+    grid = Geometry(np.eye(4), (4, 4, 4))
+    first, second = np.zeros(grid.shape, np.uint16), np.zeros(grid.shape, np.uint16)
+    first[:2], second[3:] = 1, 2
+    whole = combine([SemanticMap(first, grid, schema), SemanticMap(second, grid, schema)], schema)
+    np.testing.assert_array_equal(whole.array, first + second)
+    with pytest.raises(DataError, match="which one counts"):
+        combine([whole, SemanticMap(second, grid, schema)], schema)
+    second[1] = 2
+    with pytest.raises(DataError, match="overlap"):
+        combine([SemanticMap(first, grid, schema), SemanticMap(second, grid, schema)], schema)
+
+
+@pytest.mark.parametrize(("values", "fine"), [([0, 1, 2, 9], True), ([0, 1, 3], False)])
+def test_a_label_map_may_hold_only_the_numbers_that_it_describes(values, fine):
+    ds = pydicom.Dataset()
+    ds.SegmentationType, ds.BitsAllocated, ds.PixelPaddingValue = "LABELMAP", 16, 9
+    ds.SegmentSequence = [pydicom.Dataset(), pydicom.Dataset()]
+    for number, segment in enumerate(ds.SegmentSequence, start=1):
+        segment.SegmentNumber = number
+    ds.PixelData = np.array(values, "<u2").tobytes()
+    if fine:
+        refuse_undescribed(ds)
+    else:
+        with pytest.raises(DataError, match="does not describe"):
+            refuse_undescribed(ds)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -69,3 +70,17 @@ def test_a_whole_card_of_an_unknown_architecture_is_no_damage(checkpoint):
     content = json.dumps(data, sort_keys=True, separators=(",", ":")).encode() + b"\n"
     with pytest.raises(ConfigError, match="does not know"):
         ModelCard.from_json_bytes(content)
+
+
+def test_a_site_s_own_names_do_not_travel_in_a_card(checkpoint, tmp_path):
+    first, *rest = checkpoint.schema.classes
+    schema = replace(checkpoint.schema, classes=(replace(first, aliases=("Dr Meier 3", "*")), *rest))
+    save_checkpoint(
+        tmp_path / "run",
+        preset=checkpoint.preset,
+        schema=replace(schema, priority=(rest[0].name,)),
+        modalities=checkpoint.modalities,
+        autoencoder=checkpoint.autoencoder,
+    )
+    assert load_checkpoint(tmp_path / "run").schema == checkpoint.schema
+    assert b"Meier" not in b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())

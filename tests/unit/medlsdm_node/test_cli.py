@@ -62,6 +62,9 @@ def refused(status: int, word: str, *arguments: str | Path, **environment: str) 
         ("synthesise", "."),
         ("export", "--out", "out"),
         ("audit",),
+        ("evidence",),
+        ("evidence", "show", "E-0"),
+        ("evidence", "report", "E-0", "--out", "page.html"),
         ("quarantine",),
         ("quarantine", "list"),
         ("quarantine", "show", "F-0"),
@@ -231,7 +234,7 @@ def only_text(folder: Path, labels) -> None:
         (truncate, "its series"),
         (lose_a_slice, "Slices are missing"),
         (move_the_labels, "grid"),
-        (label_twice, "label maps"),
+        (label_twice, "which one counts"),
     ],
 )
 def test_dicom_that_is_not_right_is_held_and_the_vault_stays(keeper, planted, tmp_path, spoil: Callable, words: str):
@@ -274,3 +277,13 @@ def test_a_folder_that_is_empty_or_none(home, tmp_path):
     (tmp_path / "in").mkdir()
     refused(3, "empty", "ingest", tmp_path / "in", "--home", home.root)
     refused(3, "not a folder", "ingest", tmp_path / "none", "--home", home.root)
+
+
+def test_pulling_says_what_is_missing_before_anything_is_asked(home):
+    somewhere = ("--from", "https://127.0.0.1:1/dicom-web", "--home", home.root)
+    refused(2, "Nothing says what to pull", "pull", *somewhere)
+    refused(2, "digits and dots", "pull", *somewhere, "--study", "x")
+    refused(2, "Use https", "pull", "--from", "http://10.1.2.3/x", "--home", home.root, "--modality", "CT")
+    refused(2, "no place for credentials", "pull", "--from", "https://u:p@h/", "--home", home.root, "--modality", "CT")
+    refused(4, "--credentials", "pull", *somewhere, "--modality", "CT", "--ca", home.root / "none")
+    refused(7, "cannot be reached", "pull", "--from", "http://127.0.0.1:1/x", "--home", home.root, "--modality", "CT")

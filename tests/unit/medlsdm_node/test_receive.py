@@ -71,7 +71,7 @@ def push(receiver: Receiver, datasets: list, calling: str = "PACS", called: str 
 
 
 def intake(home: NodeHome, receiver: Receiver) -> Intake:
-    return Intake(home, receiver.spool, receiver, receiver.settings, lambda _: None)
+    return Intake(home, receiver.spool, (receiver,), receiver.settings, lambda _: None)
 
 
 def settle(receiver: Receiver) -> None:
