@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 SHORTEST = 3
 _MASK = 0x7F
-_PRINTED, _ZERO = b"\1", b"\2"
+_PRINTED, _LITTLE, _BIG = b"\1", 0x0201, 0x0102
 _KINDS = bytes(2 if byte == 0 else 0x20 <= byte <= 0x7E for byte in range(256))
 _CODECS = ("utf-8", "latin-1", "utf-16-le", "utf-16-be", "iso2022_jp", "shift_jis", "euc_jp", "gb18030", "euc_kr")
 
@@ -68,13 +68,15 @@ def _key(content: NDArray[np.uint8]) -> NDArray[np.int32]:
 def printable_runs(content: bytes, shortest: int = 6) -> bytes:
     """Return the stretches of printable ASCII in binary content, one-byte and two-byte, in lower case, one a line."""
     kinds = content.translate(_KINDS)
-    if not any(start * shortest in kinds for start in (_PRINTED, _PRINTED + _ZERO, _ZERO + _PRINTED)):
-        return b""
-    bytes_ = np.frombuffer(content, np.uint8)
-    pairs = np.frombuffer(content, "<u2", count=len(content) // 2)
-    return b"\n".join(
-        _runs(values, shortest) for values in (bytes_, pairs, pairs.byteswap()) if len(values) >= shortest
-    ).lower()
+    pairs, kinds_of_pairs = (np.frombuffer(b, "<u2", count=len(content) // 2) for b in (content, kinds))
+    found = []
+    if _PRINTED * shortest in kinds:
+        found.append(_runs(np.frombuffer(content, np.uint8), shortest))
+    if np.count_nonzero(kinds_of_pairs == _LITTLE) >= shortest:
+        found.append(_runs(pairs, shortest))
+    if np.count_nonzero(kinds_of_pairs == _BIG) >= shortest:
+        found.append(_runs(pairs.byteswap(), shortest))
+    return b"\n".join(found).lower()
 
 
 def _runs(values: NDArray[np.unsignedinteger], shortest: int) -> bytes:

@@ -86,13 +86,12 @@ def _on_field(core: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     """Return what stands on or beside an area that a value fills, where letters of other values may be."""
     if core.sum() < FIELD_PIXELS:
         return None
-    down = core[4:] & core[3:-1] & core[2:-2] & core[1:-3] & core[:-4]
-    across = down[:, 4:] & down[:, 3:-1] & down[:, 2:-2] & down[:, 1:-3] & down[:, :-4]
-    if int(across.sum()) < FIELD_PIXELS // 8:
+    edged = np.pad(core, 2, mode="edge")
+    down = edged[4:] & edged[3:-1] & edged[2:-2] & edged[1:-3] & edged[:-4]
+    filled = down[:, 4:] & down[:, 3:-1] & down[:, 2:-2] & down[:, 1:-3] & down[:, :-4]
+    if int(filled.sum()) < FIELD_PIXELS // 8:
         return None
-    filled = np.zeros(core.shape, np.uint8)
-    filled[2:-2, 2:-2] = across
-    return filters().maximum_filter(filled, FIELD_REACH).astype(bool) & ~core
+    return filters().maximum_filter(filled.view(np.uint8), FIELD_REACH).view(bool) & ~core
 
 
 def _whole_row(drawn: NDArray[np.bool_], box: Box) -> Box:
