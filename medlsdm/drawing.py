@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medlsdm.config import AutoencoderConfig
-from medlsdm.memory import Plan
+from medlsdm.memory import Plan, give_back
 from medlsdm.models.spade import cut_activations
 from medlsdm.models.unet import LabelGuidance, SemanticUNet
 from medlsdm.models.vqgan import VQGAN
@@ -182,6 +182,7 @@ def decode_tiles(
     fields = [NoiseField(seed, sources[0].padded) for seed in seeds] if decoder.noisy else []
     grain = torch.tensor([grain_of(seed) for seed in seeds], device=latents.device) if decoder.noisy else None
     for tile in windows((x, y, z), parts, decoder.halo):
+        give_back()
         box = scaled(tile.read, strides)
         labels = read_labels(sources, box, latents.device)
         noise = torch.from_numpy(np.stack([f.read(box) for f in fields])).to(latents.device) if fields else None

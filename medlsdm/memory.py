@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+import resource
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -51,11 +53,29 @@ def parse_bytes(text: str) -> int:
     return int(size_bytes)
 
 
-def resident_bytes() -> int:
-    """Return how much memory this process holds, free heap given back; a guess where the system does not tell."""
+def give_back() -> None:
+    """Give free heap back to the system, where the allocator can.
+
+    What one window leaves in pieces the next may not be able to use: kept, a peak would depend on the order of
+    all that was allotted before.
+    """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Return how much memory this process holds, free heap given back; a guess where the system does not tell."""
+    give_back()
     return _kilobytes("/proc/self/status", "VmRSS") or 300 * MIB
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has held.
+
+    On Linux ``getrusage`` would count the process that started this one, whose peak a program inherits.
+    """
+    told = _kilobytes("/proc/self/status", "VmHWM")
+    return told or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _kilobytes(path: str, key: str) -> int | None:

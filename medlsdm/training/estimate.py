@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -12,6 +10,7 @@ from typing import Any
 
 import torch
 
+from medlsdm.memory import peak_resident_bytes
 from medlsdm.training.run import REFLOW, STAGE2, TEXTURE, Phase, TrainingRun
 from medlsdm.training.state import state_bytes
 
@@ -63,7 +62,6 @@ def estimate(run: TrainingRun) -> Estimate:
     run.log.close()
     total = sum(costs.values(), Cost(0, 0))
     weights = sum(p.numel() * p.element_size() for net in (run.autoencoder, run.denoiser) for p in net.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Estimate(
         phases={
             phase.name: {
@@ -75,7 +73,7 @@ def estimate(run: TrainingRun) -> Estimate:
         },
         cpu_minutes=round(total.cpu / 60, 2),
         wall_minutes=round(total.wall / 60, 2),
-        memory_bytes=peak,
+        memory_bytes=peak_resident_bytes(),
         gpu_bytes=torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0,
         disk_bytes=len(state_bytes(run.parts, {})) + weights,
     )

@@ -6,7 +6,6 @@ thread; what is measured is the process's peak resident memory, torch included.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -65,7 +64,7 @@ def save_untrained(folder: Path, name: str) -> None:
 def draw(folder: Path, shape: tuple[int, int, int], steps: int, budget: str) -> dict:
     """Draw one volume and say what it took."""
     from medlsdm.checkpoints import load_checkpoint
-    from medlsdm.memory import parse_bytes
+    from medlsdm.memory import parse_bytes, peak_resident_bytes
     from medlsdm.synthesis import Synthesiser
     from medlsdm.types import Geometry, SemanticMap
 
@@ -78,7 +77,7 @@ def draw(folder: Path, shape: tuple[int, int, int], steps: int, budget: str) -> 
     assert np.isfinite(volume.array).all()
     return {
         "cpu_seconds": round(time.process_time() - started, 1),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_gib": round(peak_resident_bytes() / 2**30, 2),
         "plan": synthesiser.last_plan.to_json(),
     }
 

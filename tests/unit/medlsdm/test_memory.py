@@ -20,6 +20,7 @@ from medlsdm.memory import (
     make_plan,
     measured_footprint,
     parse_bytes,
+    peak_resident_bytes,
     resident_bytes,
 )
 
@@ -118,13 +119,23 @@ def test_this_process_and_this_machine_have_plausible_sizes():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
+def test_a_peak_is_not_that_of_the_process_that_started_this_one():
+    held = np.ones(32 * MIB)  # beyond all that the other will hold
+    code = "from medlsdm.memory import peak_resident_bytes as peak; a = peak(); b = b'1' * (64 << 20); print(a, peak())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before + 60 * MIB < after
+    assert after < peak_resident_bytes()
+    del held
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
 def test_the_estimate_bounds_the_peak_in_truth():
     code = f"""
-import resource
 import numpy as np, torch
 from medlsdm.config import load_preset, load_schema
 from medlsdm.checkpoints import make_checkpoint
-from medlsdm.memory import resident_bytes
+from medlsdm.memory import peak_resident_bytes, resident_bytes
 from medlsdm.models.unet import build_denoiser
 from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.synthesis import Synthesiser
@@ -138,7 +149,7 @@ labels = SemanticMap(np.zeros(shape, np.uint8), Geometry(np.eye(4), shape), sche
 drawer = Synthesiser(made, threads=1)
 allowed = resident_bytes() + {600 * MIB}  # builds of torch differ by hundreds of MB
 drawer.synthesise(labels, seed=0, steps=1, memory=allowed)
-print(allowed, drawer.last_plan.estimate_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(allowed, drawer.last_plan.estimate_bytes, peak_resident_bytes())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     allowed, estimate, peak = map(int, done.stdout.split())
