@@ -215,15 +215,23 @@ def _coarse(slices: list[list[_Place]], step: NDArray[np.float64], hu: bool) -> 
                 path, frames = place.path, read_frames_of(place.path)
             frame = frames[place.frame]
             border.append(np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]]))
-            rows, columns = frame.shape[0] // m * m, frame.shape[1] // k * k
-            small = frame[:rows, :columns].reshape(rows // m, m, columns // k, k).mean((1, 3))
-            total = total + small * place.slope + place.intercept
+            total = total + _block_means(frame, m, k) * place.slope + place.intercept
         planes.append((total / len(group)).astype(np.float32))
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = step * n, first.down * m, first.across * k
     affine[:3, 3] = first.corner + step * (n - 1) / 2 + first.down * (m - 1) / 2 + first.across * (k - 1) / 2
     values, counts = np.unique(np.concatenate(border), return_counts=True)
     return Coarse(np.stack(planes), affine, hu), float(values[counts.argmax()])
+
+
+def _block_means(frame: NDArray[Any], down: int, across: int) -> NDArray[np.float64]:
+    """Average integers over blocks of so many pixels; what makes no whole block is left out."""
+    rows, columns = frame.shape[0] // down * down, frame.shape[1] // across * across
+    lines = np.zeros((rows // down, columns), np.int64)
+    for step in range(down):
+        lines += frame[step:rows:down, :columns]
+    total = sum((lines[:, step::across] for step in range(1, across)), start=lines[:, ::across])
+    return total / (down * across)
 
 
 def _clear(places: list[_Place], cut: FaceCut, fill: float, hu: bool) -> None:

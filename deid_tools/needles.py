@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 SHORTEST = 3
 _MASK = 0x7F
-_PRINTED, _LITTLE, _BIG = b"\1", 0x0201, 0x0102
-_KINDS = bytes(2 if byte == 0 else 0x20 <= byte <= 0x7E for byte in range(256))
 _CODECS = ("utf-8", "latin-1", "utf-16-le", "utf-16-be", "iso2022_jp", "shift_jis", "euc_jp", "gb18030", "euc_kr")
 
 
@@ -67,30 +65,25 @@ def _key(content: NDArray[np.uint8]) -> NDArray[np.int32]:
 
 def printable_runs(content: bytes, shortest: int = 6) -> bytes:
     """Return the stretches of printable ASCII in binary content, one-byte and two-byte, in lower case, one a line."""
-    kinds = content.translate(_KINDS)
-    pairs, kinds_of_pairs = (np.frombuffer(b, "<u2", count=len(content) // 2) for b in (content, kinds))
-    found = []
-    if _PRINTED * shortest in kinds:
-        found.append(_runs(np.frombuffer(content, np.uint8), shortest))
-    if np.count_nonzero(kinds_of_pairs == _LITTLE) >= shortest:
-        found.append(_runs(pairs, shortest))
-    if np.count_nonzero(kinds_of_pairs == _BIG) >= shortest:
-        found.append(_runs(pairs.byteswap(), shortest))
-    return b"\n".join(found).lower()
+    pairs = np.frombuffer(content, "<u2", count=len(content) // 2)
+    views: list[NDArray[np.unsignedinteger]] = [pairs]
+    if len(pairs) and int(pairs.view("<i2").max()) >= 0x2000:  # else no second byte is printable
+        views += [pairs.byteswap(), np.frombuffer(content, np.uint8)]
+    return b"\n".join(filter(None, (_runs(values, shortest) for values in views))).lower()
 
 
 def _runs(values: NDArray[np.unsignedinteger], shortest: int) -> bytes:
-    """Keep the values that stand in a stretch of printable ones; a line break ends each stretch."""
-    printable = (values >= 0x20) & (values <= 0x7E)
-    starts = printable[: len(printable) - shortest + 1].copy()
-    for shift in range(1, shortest):
-        starts &= printable[shift : len(printable) - shortest + 1 + shift]
-    if not starts.any():
+    """Keep the values that stand in a stretch of printable ones; a line break parts the stretches."""
+    printable = values - values.dtype.type(0x20) <= 0x7E - 0x20
+    if b"\1" * shortest not in printable.tobytes():
         return b""
-    inside = np.zeros(len(values), np.bool_)
-    for shift in range(shortest):
-        inside[shift : len(starts) + shift] |= starts
-    ends = np.flatnonzero(inside[:-1] & ~inside[1:]) + 1
-    characters = np.where(inside, values, 0x0A).astype(np.uint8)
-    inside[ends] = True  # one line break after each stretch
-    return characters[inside].tobytes()
+    bounded = np.zeros(len(values) + 2, bool)
+    bounded[1:-1] = printable
+    edges = np.flatnonzero(bounded[1:] != bounded[:-1]).astype(np.int32)
+    long = edges[1::2] - edges[::2] >= shortest
+    starts, lengths = edges[::2][long], (edges[1::2] - edges[::2])[long] + 1  # with what stands behind a stretch
+    ends = np.cumsum(lengths, dtype=np.int32)
+    inside = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - ends + lengths, lengths)
+    characters = values.take(inside, mode="clip").astype(np.uint8)
+    characters[ends - 1] = 0x0A
+    return characters.tobytes()

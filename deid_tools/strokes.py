@@ -40,10 +40,11 @@ def drawn_rows(frame: NDArray[Any]) -> list[Box]:
     if min(frame.shape) < LEGIBLE_PIXELS:
         return []
     found: list[Box] = []
-    for value in drawn_values(frame):
+    values = drawn_values(frame)
+    low, high = np.percentile(frame[::3, ::3], (1, 99)) if values else (0.0, 0.0)
+    least = MIN_CONTRAST * float(high - low)
+    for value in values:
         core = frame == value
-        low, high = np.percentile(frame[::3, ::3], (1, 99))
-        least = MIN_CONTRAST * float(high - low)
         if not _stands_out(frame, core, value, least):
             continue
         rows = [*letter_rows(core), *letter_rows(_softened(frame, core, value, SOFT * float(high - low)))]
@@ -58,13 +59,14 @@ def drawn_rows(frame: NDArray[Any]) -> list[Box]:
 
 def _stands_out(frame: NDArray[Any], core: NDArray[np.bool_], value: int, least: float) -> bool:
     """Tell whether enough pixels of a value touch one that is far from it: what noise cuts off at black does not."""
-    away = np.abs(frame.astype(np.float32) - value) >= least
-    beside = np.zeros_like(core)
-    beside[:, 1:] |= away[:, :-1]
-    beside[:, :-1] |= away[:, 1:]
-    beside[1:] |= away[:-1]
-    beside[:-1] |= away[1:]
-    return int((beside & core).sum()) >= MIN_DRAWN
+    rows, columns = frame.shape
+    places = np.flatnonzero(core)
+    y, x = np.divmod(places, columns)
+    beside = np.zeros(len(places), bool)
+    for step, inside in ((-1, x > 0), (1, x < columns - 1), (-columns, y > 0), (columns, y < rows - 1)):
+        near = frame.ravel()[places[inside] + step].astype(np.float32)
+        beside[inside] |= np.abs(near - value) >= least
+    return int(np.count_nonzero(beside)) >= MIN_DRAWN
 
 
 def _softened(frame: NDArray[Any], core: NDArray[np.bool_], value: int, reach: float) -> NDArray[np.bool_]:
@@ -153,14 +155,13 @@ def _crisp(patch: NDArray[Any], marks: NDArray[np.bool_], least: float, share: f
 def drawn_values(frame: NDArray[Any]) -> list[int]:
     """Return the values that suspiciously many touching pixels share, the most suspicious first."""
     same = np.zeros(frame.shape, bool)
-    beside, below = frame[:, 1:] == frame[:, :-1], frame[1:] == frame[:-1]
-    same[:, 1:] |= beside
-    same[1:] |= below
-    touching = frame[same]
+    np.equal(frame[:, 1:], frame[:, :-1], out=same[:, 1:])
+    same[1:] |= frame[1:] == frame[:-1]
+    touching = frame.ravel().take(np.flatnonzero(same)).astype(np.int64)
     if not touching.size:
         return []
     low = int(touching.min())
-    histogram = np.bincount((touching.astype(np.int64) - low).ravel())
+    histogram = np.bincount(touching - low)
     values = np.flatnonzero(histogram)
     counts = histogram[values]
     padded = np.pad(counts, NEIGHBOURS)
