@@ -157,11 +157,11 @@ def _check_size(ds: Dataset, depth: int, count: list[int]) -> None:
         raise Refusal(f"the header is nested deeper than {MAX_NESTING} levels")
     from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
-    for tag in list(ds.keys()):
-        count[0] += 1
-        if count[0] > MAX_ELEMENTS:
-            raise Refusal(f"the header has more than {MAX_ELEMENTS} elements")
-        vr = ds.get_item(tag).VR
+    count[0] += len(ds)
+    if count[0] > MAX_ELEMENTS:
+        raise Refusal(f"the header has more than {MAX_ELEMENTS} elements")
+    for tag, element in list(ds.items()):  # which reads none of them
+        vr = element.VR
         if vr is None and dictionary_has_tag(tag):
             vr = dictionary_VR(tag)
         if vr == "SQ":

@@ -80,14 +80,15 @@ class HeaderCleaner:
         Raises:
             Refusal: The engine failed, warned or left something it should not have.
         """
+        from pydicom.dataelem import DataElement
         from pydicom.dataset import Dataset
 
         transforms = Transforms(self.keys, ds, words=bool(self.recipe.by("clean_text")))
         self.wrote = set()
         result = Dataset()
-        for done in self._elements(self._flat(ds), transforms):
+        for done in self._elements(ds, transforms):
             if done.vr:
-                result.add_new(done.tag, done.vr, done.value)
+                result.add(DataElement(done.tag, done.vr, done.value, already_converted=True))
             self.wrote |= done.wrote
             self.removed.update(done.removed)
         multiframe = ADMITTED[str(ds.SOPClassUID)] == "SEG" or "PerFrameFunctionalGroupsSequence" in ds
@@ -100,34 +101,40 @@ class HeaderCleaner:
         self.wrote.update(word for word in segment_words(result) if len(word) > 2)
         return result
 
-    def _elements(self, flat: Dataset, transforms: Transforms) -> list[_Done]:
-        """Return what becomes of each element; the engine sees those that it has not seen with this patient before."""
-        from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+    def _elements(self, ds: Dataset, transforms: Transforms) -> list[_Done]:
+        """Return what becomes of each element that the recipe names; the rest never reaches the engine.
 
+        Nor does what it has seen before with this patient: an element is read once for each way it is stored.
+        """
         if len(self._done) > _MOST_REMEMBERED:
             self._done.clear()
-        keys = {element.tag: (transforms.scope, element.tag, element.VR, as_text(element.value)) for element in flat}
-        fresh = FileDataset("", {}, file_meta=FileMetaDataset())
-        for tag in (tag for tag, key in keys.items() if key not in self._done):
-            fresh.add(flat[tag])
+        context = transforms.scope, str(ds.get("SpecificCharacterSet", "")), str(ds.get("PixelRepresentation", ""))
+        keys = {tag: (context, *_as_stored(e)) for tag, e in list(ds.items()) if int(tag) in self._named}
+        found: dict[Any, _Done] = {}
+        fresh = self._flat(ds, [tag for tag, key in keys.items() if key not in self._done], found)
         originals = {element.keyword: copy.copy(element.value) for element in fresh}
-        found = {tag: _Done(tag) for tag in fresh.keys()}  # noqa: SIM118
-        for element in self._run(fresh, transforms) if found else ():
-            part, before, self.wrote = Dataset(), Counter(transforms.removed), set()
-            self._take(element, originals, transforms, part)
-            kept = part.get(element.tag)
-            vr, value = (kept.VR, kept.value) if kept is not None else ("", None)
-            found[element.tag] = _Done(element.tag, vr, value, frozenset(self.wrote), transforms.removed - before)
-        self.wrote = set()
+        for element in self._run(fresh, transforms) if originals else ():
+            found[element.tag] = self._become(element, originals, transforms)
         self._done.update((keys[tag], done) for tag, done in found.items())
         return [found.get(tag) or self._done[key] for tag, key in keys.items()]
 
-    def _flat(self, ds: Dataset) -> Dataset:
-        """Copy what the recipe names and nothing else: the rest never reaches the engine."""
+    def _become(self, element: Any, originals: dict[str, Any], transforms: Transforms) -> _Done:
+        from pydicom.dataset import Dataset
+
+        part, before, self.wrote = Dataset(), Counter(transforms.removed), set()
+        self._take(element, originals, transforms, part)
+        kept = part.get(element.tag)
+        vr, value = (kept.VR, kept.value) if kept is not None else ("", None)
+        wrote, self.wrote = frozenset(self.wrote), set()
+        return _Done(element.tag, vr, value, wrote, transforms.removed - before)
+
+    def _flat(self, ds: Dataset, tags: list[Any], found: dict[Any, _Done]) -> Dataset:
+        """Copy some elements; what cannot be read and is not needed is removed, which goes to ``found``."""
         from pydicom.dataset import FileDataset, FileMetaDataset
 
         flat = FileDataset("", {}, file_meta=FileMetaDataset())
-        for tag in [t for t in ds.keys() if t in self._named]:  # noqa: SIM118  # iterating would read every element
+        for tag in tags:
+            found[tag] = _Done(tag)
             try:
                 element = ds[tag]
                 if element.VR in ("SQ", "OB", "OW", "OF", "OD", "OL", "OV", "UN"):
@@ -136,9 +143,9 @@ class HeaderCleaner:
             except Refusal:
                 raise
             except Exception:
-                if tag in self._needed:
+                if int(tag) in self._needed:
                     raise Refusal("an element that is needed cannot be read") from None
-                self.removed["a number that cannot be read was removed"] += 1
+                found[tag] = _Done(tag, removed=Counter(["a number that cannot be read was removed"]))
         return flat
 
     def _run(self, flat: Dataset, transforms: Transforms) -> Dataset:
@@ -223,6 +230,13 @@ class HeaderCleaner:
             result.add_new(element.tag, element.VR, expected.split("\\") if "\\" in expected else expected)
             if rule in ("func:shift", "func:age", "func:age_band", "func:clean_text"):
                 self.wrote.update(_traces(element.VR, expected))
+
+
+def _as_stored(element: Any) -> tuple[Any, ...]:
+    """Return all that an element's value depends on, beside the character set and whether pixels have a sign."""
+    if hasattr(element, "is_implicit_VR"):
+        return element.tag, element.VR, element.value, element.is_implicit_VR, element.is_little_endian
+    return element.tag, element.VR, as_text(element.value)
 
 
 def _traces(vr: str, text: str) -> set[str]:

@@ -83,14 +83,14 @@ class Originals:
         self._needles = None
 
     def _walk(self, ds: Dataset, kept: frozenset[str], *, top: bool = False) -> None:
-        for tag in list(ds.keys()):
-            if tag.group == 0x7FE0 or tag in _SOFTWARE or self._again(ds, tag, top):
+        for tag, stored in list(ds.items()):  # which reads none of them
+            if tag >> 16 == 0x7FE0 or int(tag) in _SOFTWARE or self._again(stored, top):
                 continue
             try:
                 element = ds[tag]
                 value, vr = element.value, element.VR
             except Exception:
-                raw = getattr(ds.get_item(tag), "value", b"")
+                raw = getattr(stored, "value", b"")
                 self._bytes(raw if isinstance(raw, bytes) else b"")
                 continue
             if vr == "SQ":
@@ -105,12 +105,11 @@ class Originals:
                     if vr == "DA" or element.keyword in _IDENTITY:
                         self._own.update(re.findall(rf"\d{{{_OWN_DIGITS},}}", str(one)))
 
-    def _again(self, ds: Dataset, tag: Any, top: bool) -> bool:
-        """Tell whether these very bytes were seen under this tag in an earlier file of the series."""
-        raw = ds.get_item(tag)
-        if not isinstance(getattr(raw, "value", None), bytes) or not hasattr(raw, "is_implicit_VR"):
+    def _again(self, stored: Any, top: bool) -> bool:
+        """Tell whether an element's very bytes were seen under its tag in an earlier file of the series."""
+        if not hasattr(stored, "is_implicit_VR") or not isinstance(stored.value, bytes):
             return False
-        seen = hash((top, tag, raw.VR, raw.value))
+        seen = hash((top, stored.tag, stored.VR, stored.value))
         known = seen in self._seen
         self._seen.add(seen)
         return known

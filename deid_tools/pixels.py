@@ -64,7 +64,9 @@ def take_pixels(source: Dataset, target: Dataset) -> NDArray[Any]:
         if allocated not in (8, 16) or content.dtype.kind not in "iu":
             raise Refusal("its pixels are not 8 or 16 bit integers")
         _check_bits(content, source)
-    raw = content if isinstance(content, bytes) else content.astype(f"<{content.dtype.kind}{allocated // 8}").tobytes()
+    raw = content
+    if not isinstance(content, bytes):
+        raw = content.astype(f"<{content.dtype.kind}{allocated // 8}", copy=False).tobytes()
     target.add_new(0x7FE00010, "OW" if allocated == 16 else "OB", raw + b"\0" * (len(raw) % 2))
     if isinstance(content, bytes):
         return np.zeros(shape, np.uint8)
@@ -87,9 +89,10 @@ def _check_bits(content: NDArray[Any], source: Dataset) -> None:
     if stored >= allocated or source.file_meta.TransferSyntaxUID.is_compressed:
         return
     raw = np.frombuffer(source.PixelData, f"<u{allocated // 8}", count=content.size).reshape(content.shape)
-    as_written = content.astype(f"<{content.dtype.kind}{allocated // 8}").view(raw.dtype)
-    if (raw >> stored).any() and not np.array_equal(raw, as_written):
-        raise Refusal("bits above BitsStored are in use; an overlay may hide there")
+    if content.size and int(raw.max()) >> stored:
+        as_written = content.astype(f"<{content.dtype.kind}{allocated // 8}").view(raw.dtype)
+        if not np.array_equal(raw, as_written):  # the sign may stand in all upper bits
+            raise Refusal("bits above BitsStored are in use; an overlay may hide there")
 
 
 @dataclass(slots=True)
@@ -114,11 +117,27 @@ class Projection:
     def of(cls, frames: NDArray[Any], declared: Iterable[Box]) -> Projection:
         """Look at the first frames [frames, Y, X] of one size."""
         first = frames[0]
-        seen = cls(first, first, np.full_like(first, _lowest(first)), np.full_like(first, _highest(first)), 1, [first])
+        lowest, highest = np.iinfo(first.dtype).min, np.iinfo(first.dtype).max
+        seen = cls(first.copy(), first.copy(), np.full_like(first, lowest), np.full_like(first, highest), 1, [first])
         seen.declared, seen.drawn = set(declared), set(drawn_rows(first))
         for frame in frames[1:]:
-            seen.merge(cls.of(frame[None], ()))
+            seen.see(frame)
         return seen
+
+    def see(self, frame: NDArray[Any]) -> None:
+        """Fold in one more frame [Y, X]."""
+        if frame.dtype != self.brightest.dtype:
+            self.merge(Projection.of(frame[None], ()))
+            return
+        both = np.minimum(self.brightest, frame)
+        np.maximum(self.brighter, both, out=self.brighter)
+        np.maximum(self.brightest, frame, out=self.brightest)
+        np.maximum(self.darkest, frame, out=both)
+        np.minimum(self.darker, both, out=self.darker)
+        np.minimum(self.darkest, frame, out=self.darkest)
+        self.frames += 1
+        self.singles = [*self.singles, frame] if self.frames <= SMALL_SERIES else []
+        self.drawn.update(drawn_rows(frame))
 
     def merge(self, later: Projection) -> None:
         """Fold in the frames of another stretch of the same size."""
@@ -219,14 +238,6 @@ class Projection:
         return _around(same) if same.sum() >= FIXED_PIXELS else []
 
 
-def _lowest(frame: NDArray[Any]) -> int:
-    return int(np.iinfo(frame.dtype).min)
-
-
-def _highest(frame: NDArray[Any]) -> int:
-    return int(np.iinfo(frame.dtype).max)
-
-
 def _worth_reading(over: NDArray[Any], least: float) -> bool:
     """Tell whether enough pixels stand out for a word, and not so many that they are anatomy."""
     return LONE_PIXELS <= int((over > least).sum()) <= over.size // 20
@@ -259,12 +270,13 @@ class TextSearch:
 
     def add(self, frames: NDArray[Any], declared: Iterable[Box] = ()) -> None:
         """Fold frames [frames, Y, X] into the projections of their size; ``declared`` boxes hold text for sure."""
-        seen = Projection.of(frames, declared)
-        size = seen.brightest.shape
-        if size in self.sizes:
-            self.sizes[size].merge(seen)
-        else:
-            self.sizes[size] = seen
+        known = self.sizes.get(frames.shape[1:])
+        if known is None:
+            self.sizes[frames.shape[1:]] = Projection.of(frames, declared)
+            return
+        known.declared.update(declared)
+        for frame in frames:
+            known.see(frame)
 
     def merge(self, other: TextSearch) -> None:
         """Fold in what another search of the same series has seen."""
