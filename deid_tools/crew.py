@@ -11,7 +11,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import FrameType
@@ -63,7 +63,7 @@ class Crew:
     def __init__(self, workers: int, here: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self._workers, self._here = max(1, workers), here
         self._make, self._arguments = make, arguments
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Future[ProcessPoolExecutor] | None = None
 
     @property
     def workers(self) -> int:
@@ -73,11 +73,17 @@ class Crew:
     def close(self) -> None:
         """End the processes."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.result().shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def map(
-        self, work: Callable[[Any, Job], Result], jobs: Sequence[Job], *, seconds: float, isolate: bool = False
+        self,
+        work: Callable[[Any, Job], Result],
+        jobs: Sequence[Job],
+        *,
+        seconds: float,
+        isolate: bool = False,
+        early: bool = False,
     ) -> Iterator[Result]:
         """Yield ``work(made, job)`` for each job, in order, two jobs a process ahead at most.
 
@@ -86,6 +92,7 @@ class Crew:
             jobs: The jobs.
             seconds: How long one job may take.
             isolate: Leave even a single job to another process: decoders of compressed pixels may end it.
+            early: Begin in this process while the others start, which takes as long as some hundred headers.
 
         Raises:
             Refusal: A process died or a job took too long.
@@ -96,6 +103,8 @@ class Crew:
         ahead: list[Future[Result]] = []
         waiting = iter(jobs)
         try:
+            while early and not self._is_ready() and (job := next(waiting, None)) is not None:
+                yield work(self._here, job)
             for job in waiting:
                 ahead.append(self._submit(work, job))
                 if len(ahead) >= 2 * self._workers:
@@ -112,22 +121,37 @@ class Crew:
             for future in ahead:
                 future.cancel()
 
-    def _submit(self, work: Callable[[Any, Job], Result], job: Job) -> Future[Result]:
+    def _is_ready(self) -> bool:
+        """Tell whether the processes have started; the first call lets them start."""
         if self._pool is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([self._make.__module__, "deid_tools.run_images", "deid_tools.engine"])
-            self._pool = ProcessPoolExecutor(
-                self._workers, context, initializer=_set_up, initargs=(os.getpid(), self._make, self._arguments)
-            )
-        return self._pool.submit(_work, work, job)
+            thread = ThreadPoolExecutor(1)
+            self._pool = thread.submit(self._start)
+            thread.shutdown(wait=False)
+        return self._pool.done()
+
+    def _submit(self, work: Callable[[Any, Job], Result], job: Job) -> Future[Result]:
+        self._is_ready()
+        assert self._pool is not None
+        return self._pool.result().submit(_work, work, job)
+
+    def _start(self) -> ProcessPoolExecutor:
+        """Start all processes and wait until they are ready."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([self._make.__module__, "deid_tools.run_images", "deid_tools.engine"])
+        pool = ProcessPoolExecutor(
+            self._workers, context, initializer=_set_up, initargs=(os.getpid(), self._make, self._arguments)
+        )
+        wait([pool.submit(os.getpid) for _ in range(self._workers)])
+        return pool
 
     def _kill(self) -> None:
         """End processes that do not come back."""
         if self._pool is None:
             return
-        for process in list((self._pool._processes or {}).values()):
+        pool = self._pool.result()
+        for process in list((pool._processes or {}).values()):
             process.kill()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
         self._pool = None
 
 

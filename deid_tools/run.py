@@ -144,7 +144,7 @@ class Run:
         self._hold_mixed()
 
     def _admitted(self, files: list[Path]) -> Iterator[tuple[Path, Instance | Refusal]]:
-        answers = self.crew.map(_admit_stretch, chunks(files), seconds=FILE_SECONDS * len(files))
+        answers = self.crew.map(_admit_stretch, chunks(files), seconds=FILE_SECONDS * len(files), early=True)
         try:
             for stretch in answers:
                 yield from stretch

@@ -84,6 +84,7 @@ class Tally:
     others: Counter[str] = field(default_factory=Counter)
     syntaxes: Counter[str] = field(default_factory=Counter)
     _patterns: Counter[Pattern] = field(default_factory=Counter, repr=False)
+    _states: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
 
     def add(self, original: Dataset, result: Dataset) -> None:
         """Take one file; cheap, as files of a series look alike and are told apart only by a pattern of tags."""
@@ -95,16 +96,25 @@ class Tally:
                 continue
             had.append(number)
             if number in here:
-                before[number] = value
+                before[number] = item
             elif item.VR == "SQ":
                 self._inside(value)
         had += [int(tag) for tag in original.file_meta.keys()]  # noqa: SIM118
-        states = bytes(_state(before.get(tag), item) for tag, item in written)
+        states = bytes(self._state(original, before.get(tag), item) for tag, item in written)
         self._patterns[tuple(had), tuple(tag for tag, _ in written), states] += 1
         self.files += 1
         self.syntaxes[str(original.file_meta.TransferSyntaxUID)] += 1
         if any(getattr(original, "preamble", None) or b""):
             self.others[Other.PREAMBLES] += 1
+
+    def _state(self, original: Dataset, before: Any, item: Any) -> int:
+        """Tell what a value of the result is; what stands in the original as bytes is read once for all files."""
+        if not hasattr(before, "is_implicit_VR"):
+            return _state(before.value if before is not None else None, item)
+        key = before.tag, before.VR, before.value, item.VR, str(item.value)
+        if key not in self._states:
+            self._states[key] = _state(original[before.tag].value, item)
+        return self._states[key]
 
     def _inside(self, items: Any) -> None:
         self.others[Other.SEQUENCES] += 1
@@ -125,6 +135,7 @@ class Tally:
             for other, count in others:
                 self.others[other] += count * files
         self._patterns.clear()
+        self._states.clear()
 
     def merge(self, later: Tally) -> None:
         """Add the counts of other files of the same series, which were settled."""

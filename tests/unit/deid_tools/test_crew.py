@@ -26,6 +26,24 @@ def test_jobs_come_back_in_order_from_any_number_of_processes():
         crew.close()
 
 
+def where(made: int, job: int) -> int:
+    return os.getpid()
+
+
+def slowly_where(made: int, job: int) -> int:
+    time.sleep(0.01)
+    return os.getpid()
+
+
+def test_this_process_begins_only_with_what_may_run_here():
+    crew = Crew(2, 3, int, ("3",))
+    assert os.getpid() not in set(crew.map(where, range(20), seconds=300))
+    crew.close()
+    found = list(crew.map(slowly_where, range(500), seconds=300, early=True))
+    assert found[0] == os.getpid() != found[-1]
+    crew.close()
+
+
 def test_a_process_that_dies_and_a_refusal_come_back_as_refusals():
     crew = Crew(2, 3, int, ("3",))
     with pytest.raises(Refusal, match="died"):
