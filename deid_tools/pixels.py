@@ -31,7 +31,7 @@ SMALL_SERIES = 3
 LEGIBLE_PIXELS = 64
 STROKE_PIXELS = 8
 LONE_FRAMES = 4
-LONE_SHARE = 0.2
+LONE_SHARE, LONE_MOST = 0.2, 0.03
 CLEAR_SHARE = 0.2
 LONE_READ, LONE_PIXELS = 0.35, 24
 _MARGIN = 3
@@ -196,9 +196,15 @@ class Projection:
         }
 
     def lone(self) -> list[Box]:
-        """Return boxes around rows of letters that stand on one frame, far brighter or darker than all others."""
-        least = LONE_SHARE * self._range()
-        return [box for over in self._alone() for box in clear_rows(over, over > least, least)]
+        """Return boxes around rows of letters that stand on one frame, far brighter or darker than all others.
+
+        Where slices are so far apart that anatomy itself stands out, the most striking pixels only are looked at.
+        """
+        least, found = LONE_SHARE * self._range(), list[Box]()
+        for over in self._alone():
+            limit = max(least, float(np.percentile(over[::2, ::2], 100 * (1 - LONE_MOST))))
+            found += clear_rows(over, over > limit, least)
+        return found
 
     def clear(self) -> list[Box]:
         """Return boxes around rows of sharp letters: on all frames alike, or in a frame that stands alone."""

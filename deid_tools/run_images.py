@@ -17,6 +17,7 @@ from deid_tools.admit import DAMAGED, IMAGE_CLASSES, Instance, Refusal, read_str
 from deid_tools.crew import FILE_SECONDS, chunks, time_limit
 from deid_tools.faces import CODE as FACE_CODE
 from deid_tools.faces import LabelledBrain
+from deid_tools.filters import filters
 from deid_tools.modules import save_clean
 from deid_tools.moments import number_volumes
 from deid_tools.nifti_size import declared_voxels
@@ -170,6 +171,7 @@ def _clean_series(run: Run, instances: list[Instance], staging: Path, originals:
     seconds, isolate = FILE_SECONDS * len(instances), any(i.compressed for i in instances)
     seen = Cleaned()
     for done in run.crew.map(clean_stretch, chunks(jobs), seconds=seconds, isolate=isolate):
+        filters()  # imported while the others work
         seen.merge(done)
     return take_over(run, seen, originals)
 

@@ -382,6 +382,13 @@ def test_the_real_folder_is_sorted_into_what_passes_and_what_is_held(data, tmp_p
 
 
 @pytest.mark.real_data
+def test_the_edge_of_a_face_that_was_cut_off_is_no_text_to_the_second_pass(data, tmp_path, keys):
+    report = deidentify(data / "dicom" / "mr-siemens-brain", tmp_path / "out", keys)
+    assert {s.pixels.face for s in report.series} == {"removed"}
+    assert verify_folder(tmp_path / "out", whole_series=True) == []
+
+
+@pytest.mark.real_data
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compressed_organs_and_their_labels_match_once_the_header_is_repaired(data, tmp_path, keys):
     from medlsdm.types import LabelClass
