@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deid_tools.admit import ADMITTED, Refusal
 from deid_tools.filters import filters
 from deid_tools.ocr import Box, text_boxes
-from deid_tools.strokes import clear_rows, drawn_rows, letter_rows
+from deid_tools.strokes import LEGIBLE_PIXELS, clear_rows, drawn_rows, letter_rows
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -28,7 +28,6 @@ INK_PIXELS = 60
 INK_SHARE = 0.3
 EIGHT_BITS = 255
 SMALL_SERIES = 3
-LEGIBLE_PIXELS = 64
 STROKE_PIXELS = 8
 LONE_FRAMES = 4
 LONE_SHARE, LONE_MOST = 0.2, 0.03
