@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deid_tools.admit import ADMITTED, Refusal
 from deid_tools.filters import filters
 from deid_tools.ocr import Box, text_boxes
-from deid_tools.strokes import LEGIBLE_PIXELS, clear_rows, drawn_rows, letter_rows
+from deid_tools.strokes import LEGIBLE_PIXELS, clear_rows, drawn_rows, letter_rows, words_on_dark
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -191,6 +191,7 @@ class Projection:
             "ink": self.ink(),
             "lone": self.lone(),
             "clear": self.clear(),
+            "dark": self.dark(),
             "words": read_boxes(self.pictures()),
         }
 
@@ -204,6 +205,13 @@ class Projection:
             limit = max(least, float(np.percentile(over[::2, ::2], 100 * (1 - LONE_MOST))))
             found += clear_rows(over, over > limit, least)
         return found
+
+    def dark(self) -> list[Box]:
+        """Return boxes around words with nothing around them: on all frames, or on one and background on all others."""
+        least = LONE_SHARE * self._range()
+        views = [(over, 0.0) for over in self._alone()]
+        views += [(image, float(np.percentile(image, 1))) for image in self.singles or [self.brightest]]
+        return [box for image, low in views for box in words_on_dark(image, low, least)]
 
     def clear(self) -> list[Box]:
         """Return boxes around rows of sharp letters: on all frames alike, or in a frame that stands alone."""

@@ -32,6 +32,9 @@ MOST_MARKS = 1500
 TOUCHING = 0.4
 MAX_SHARE = 0.1
 LEGIBLE_PIXELS = 64
+WORD_PIXELS, WORD_WIDTHS = (4, 64), 2.0
+HALF, DARK = 0.4, 0.3
+CROSSED, STROKES, STACKED = 3.0, 1.0, 2.6
 _EIGHT_CONNECTED = np.ones((3, 3), bool)
 
 
@@ -130,6 +133,48 @@ def clear_rows(image: NDArray[Any], mask: NDArray[np.bool_], least: float) -> li
         if _crisp(image[window], mask[window], least, SHARP):
             found.append(_whole_row(mask, box))
     return found
+
+
+def words_on_dark(image: NDArray[Any], low: float, least: float) -> list[Box]:
+    """Return boxes around words with nothing but background around them, however small or close their letters.
+
+    A word is told by its strokes: wider than high, and more often crossed from left to right than from top to
+    bottom, with sharp edges.
+
+    Args:
+        image: The picture [Y, X].
+        low: The value of the background.
+        least: How far the ink must be above it.
+    """
+    ndimage = filters()
+    marks = image > low + least
+    if np.count_nonzero(marks) < MIN_DRAWN:
+        return []
+    joined, count = ndimage.label(ndimage.maximum_filter(marks.view(np.uint8), (3, 9)))
+    if count > 20_000:
+        return []
+    found = []
+    for rows, columns in ndimage.find_objects(joined):
+        top, left, bottom, right = box = rows.start + 1, columns.start + 4, rows.stop - 1, columns.stop - 4
+        tall = WORD_PIXELS[0] <= bottom - top <= WORD_PIXELS[1]
+        if tall and right - left >= WORD_WIDTHS * (bottom - top) and _is_word(image, box, low, least):
+            found.append((max(0, top - RIM_PIXELS), max(0, left - RIM_PIXELS), bottom + RIM_PIXELS, right + RIM_PIXELS))
+    return found
+
+
+def _is_word(image: NDArray[Any], box: Box, low: float, least: float) -> bool:
+    top, left, bottom, right = box
+    patch = image[top:bottom, left:right].astype(np.float64) - low
+    ink = patch > max(least, HALF * float(patch.max()))
+    window = _window(box)
+    around = np.ones(image[window].shape, bool)
+    around[top - window[0].start : bottom - window[0].start, left - window[1].start : right - window[1].start] = False
+    if not around.any() or float(np.percentile(image[window][around] - low, 95)) > DARK * float(patch.max()):
+        return False
+    across = np.count_nonzero(np.diff(ink.astype(np.int8), axis=1, prepend=0) == 1, axis=1)
+    down = np.count_nonzero(np.diff(ink.astype(np.int8), axis=0, prepend=0) == 1, axis=0)
+    crossed, stacked = float(across[across > 0].mean()), float(down[down > 0].mean())
+    return crossed >= max(CROSSED, STROKES * (right - left) / (bottom - top)) and stacked <= STACKED
 
 
 def _window(box: Box) -> tuple[slice, slice]:

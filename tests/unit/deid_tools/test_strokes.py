@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deid_tools.pixels import TextSearch
-from deid_tools.strokes import drawn_rows, letter_rows
+from deid_tools.strokes import drawn_rows, letter_rows, words_on_dark
 
 SIDE = 200
 
@@ -125,3 +125,29 @@ def test_a_row_needs_marks_of_one_height_on_one_line():
     for left, top, high in ((10, 20, 10), (18, 40, 10), (26, 10, 30)):
         mask[top : top + high, left : left + 2] = True
     assert letter_rows(mask) == []
+
+
+@pytest.mark.parametrize("word", ["12.03.1961", "DOE JOHN", "St. Mary Hospital"])
+@pytest.mark.parametrize("height", [8, 10, 16])
+def test_words_too_small_or_close_to_be_told_apart_are_found_in_the_margin_of_one_slice(word, height):
+    frames = slices(6)
+    mask = draw(frames[3], letters(word, height, soft=True), 5000, top=6, left=12)
+    search = TextSearch()
+    for frame in frames:
+        search.add(frame[None])
+    assert covered(search.kinds()["dark"][frames[0].shape], mask) >= 0.9
+
+
+def test_what_stands_in_the_margin_and_is_no_word_is_left_alone():
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    picture = rng.normal(30, 8, (SIDE, SIDE))
+    picture[20:23, 10:180] = 900  # the edge of a table
+    picture[60:110, 60:140] = 500  # a body
+    picture[170:180, 20:60] = ndimage.gaussian_filter(rng.normal(300, 200, (10, 40)), 1.5)  # a blurred pattern
+    picture[150:190, 100:190] += rng.normal(0, 300, (40, 90))  # noise
+    assert words_on_dark(picture, 0.0, 100.0) == []
+    ink = letters("DOE 4711", 12)
+    picture[4 : 4 + ink.shape[0], 10 : 10 + ink.shape[1]] += 900 * ink
+    assert len(words_on_dark(picture, 0.0, 100.0)) in (1, 2)
