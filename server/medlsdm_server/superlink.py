@@ -94,10 +94,6 @@ class SuperLink:
         self.stop()
         raise RoundError("Flower's SuperLink did not start.", f"See {self.home.logs / 'superlink.log'}.")
 
-    def alive(self) -> bool:
-        """Tell whether the process runs."""
-        return self.process is not None and self.process.poll() is None
-
     def stop(self) -> None:
         """End it, and what it started."""
         if self.process is not None:
