@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -13,7 +14,7 @@ import subprocess
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def ask(name: str, *arguments: str | Path, timeout: float = 180) -> Any:
     done = call(name, *arguments, "--json", timeout=timeout)
     assert done.returncode == 0, f"{name} {arguments[0]}: {done.stderr}"
     return json.loads(done.stdout)
+
+
+def need(*programs: str) -> None:
+    for name in programs:
+        found(name)
+
+
+def found(name: str) -> str:
+    """Return the system's program: pynetdicom installs senders of the same names beside Python."""
+    path = shutil.which(name, path="/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin")
+    if not path:
+        pytest.skip(f"{name} is not installed")
+    return path
 
 
 def free_port() -> int:
@@ -234,3 +248,22 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
     held = Programs(tmp_path_factory.mktemp("programs"))
     yield held
     held.end()
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[str, ...]]:
+    """Make a network in which only loopback exists, since Orthanc listens on every address; return how to enter."""
+    need("unshare", "nsenter", "ip", "Orthanc", "curl")
+    holder = subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", "ip link set lo up && echo up && exec sleep 3600"], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    if holder.stdout.readline() != b"up\n":
+        holder.wait()
+        pytest.skip("a network namespace cannot be made here")
+    try:
+        yield ("nsenter", "-t", str(holder.pid), "-n")
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
