@@ -56,10 +56,10 @@ def ask(name: str, *arguments: str | Path, timeout: float = 180) -> Any:
 
 def need(*programs: str) -> None:
     for name in programs:
-        found(name)
+        system_program(name)
 
 
-def found(name: str) -> str:
+def system_program(name: str) -> str:
     """Return the system's program: pynetdicom installs senders of the same names beside Python."""
     path = shutil.which(name, path="/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin")
     if not path:

@@ -17,7 +17,7 @@ from medlsdm.anatomy import generate
 from medlsdm.types import Modality
 from tests.certificates import self_signed
 
-from .conftest import ask, call, found, free_port, need, wait_for
+from .conftest import ask, call, free_port, need, system_program, wait_for
 from .peers import PATIENCE_S, Node, orthanc, peak_kib, rest, write_large
 
 pytestmark = pytest.mark.peers
@@ -50,7 +50,7 @@ def new_node(folder: Path, inside: tuple[str, ...] = (), **rules: object) -> Ite
 
 def scu(name: str, node: Node, *arguments: str, calling: str = "STORESCU", called: str = "MEDLSDM") -> int:
     titles, to = ["-aet", calling, "-aec", called], ["127.0.0.1", str(node.port)]
-    command = [found(name), *titles, *arguments[:-1], *to, *filter(None, arguments[-1:])]
+    command = [system_program(name), *titles, *arguments[:-1], *to, *filter(None, arguments[-1:])]
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
@@ -80,7 +80,7 @@ def test_dcmtk_echoes_and_pushes_and_who_is_not_named_is_refused(tmp_path, study
 def test_dcmtk_is_told_of_a_low_disk_and_a_wrong_address_hears_nothing(tmp_path, study):
     need("echoscu", "storescu")
     with new_node(tmp_path, min_free_bytes=1 << 60) as node:
-        command = [found("storescu"), "-v", "-R", "-nh", "-aet", "STORESCU", "-aec", "MEDLSDM", "127.0.0.1"]
+        command = [system_program("storescu"), "-v", "-R", "-nh", "-aet", "STORESCU", "-aec", "MEDLSDM", "127.0.0.1"]
         done = subprocess.run(
             [*command, str(node.port), "+sd", "+r", str(study)], capture_output=True, text=True, check=False
         )
@@ -99,7 +99,7 @@ def test_killed_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(tmp_pat
     files = sorted(str(p) for p in study.rglob("*") if p.is_file())
     with new_node(tmp_path, quiet_seconds=600.0) as node:
         command = [
-            found("storescu"),
+            system_program("storescu"),
             "-v",
             "-R",
             "-aet",
@@ -166,7 +166,16 @@ def test_orthanc_pushes_a_study(tmp_path, study, network, secure):
         assert (answer["InstancesCount"], answer["FailedInstancesCount"]) == (25, 0)
         assert len(node.kept()) == 25
         if secure:  # one who does not speak TLS, and one without a certificate, are refused
-            plain = [*network, found("echoscu"), "-aet", "STORESCU", "-aec", "MEDLSDM", "127.0.0.1", str(node.port)]
+            plain = [
+                *network,
+                system_program("echoscu"),
+                "-aet",
+                "STORESCU",
+                "-aec",
+                "MEDLSDM",
+                "127.0.0.1",
+                str(node.port),
+            ]
             nameless = [*plain[:5], "+tla", "-ic", *plain[5:]]
             assert subprocess.run(plain, capture_output=True, check=False).returncode != 0
             assert subprocess.run(nameless, capture_output=True, check=False).returncode != 0
