@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sysconfig
@@ -22,7 +21,7 @@ from typing import Any
 import h11
 import pytest
 
-from medlsdm.federation.app import program
+from medlsdm.federation.app import free_port, program
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -65,12 +64,6 @@ def system_program(name: str) -> str:
     if not path:
         pytest.skip(f"{name} is not installed")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(ready: Callable[[], Any], seconds: float, what: str, every: float = 0.2) -> Any:

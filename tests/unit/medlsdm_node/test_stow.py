@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import json
 import random
 import socket
@@ -22,10 +20,7 @@ import requests
 from dicomweb_client import DICOMwebClient
 from dicomweb_client.session_utils import create_session_from_auth
 
-from deid_tools.plant import write_planted_study
-from medlsdm.anatomy import generate
 from medlsdm.errors import BusyError, ConfigError, IntegrityError
-from medlsdm.types import Modality
 from medlsdm_node import quarantine
 from medlsdm_node.home import NodeHome
 from medlsdm_node.intake import Intake
@@ -34,6 +29,8 @@ from medlsdm_node.spool import KIND, Spool
 from medlsdm_node.stow import WebDoor
 from medlsdm_node.vault import PAIR, Vault
 from tests.certificates import self_signed
+
+from .conftest import changed, content
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 TOKEN = "0123456789abcdef0123"
@@ -45,16 +42,6 @@ class Bearer(requests.auth.AuthBase):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["authorization"] = ASKS["authorization"]
         return request
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory) -> list[pydicom.Dataset]:
-    """One patient's series of eight images and its DICOM SEG, full of identifiers."""
-    folder = tmp_path_factory.mktemp("study")
-    scan, labels = generate(5, Modality.MR, (16, 20, 8))
-    write_planted_study(scan.array, scan.geometry, scan.modality, labels, folder, seed=5, hospital="Northgate")
-    read = [pydicom.dcmread(p) for p in sorted(folder.rglob("*")) if p.is_file()]
-    return sorted(read, key=lambda ds: (ds.Modality, int(ds.get("InstanceNumber") or 0)))
 
 
 @pytest.fixture
@@ -82,12 +69,6 @@ def address(door: WebDoor) -> str:
     return f"http://127.0.0.1:{door.server.port}"
 
 
-def content(ds: pydicom.Dataset) -> bytes:
-    with io.BytesIO() as stream:
-        ds.save_as(stream)
-        return stream.getvalue()
-
-
 def body(*parts: bytes, kind: bytes = b"application/dicom") -> bytes:
     return b"".join(b"--b\r\nContent-Type: " + kind + b"\r\n\r\n" + p + b"\r\n" for p in parts) + b"--b--\r\n"
 
@@ -109,12 +90,6 @@ def stored(answer: httpx.Response) -> list[str]:
 
 def failed(answer: httpx.Response) -> list[tuple[str, int | None]]:
     return items(answer, "00081198")
-
-
-def changed(ds: pydicom.Dataset) -> pydicom.Dataset:
-    other = copy.deepcopy(ds)
-    other.PixelData = bytes([ds.PixelData[0] ^ 1]) + ds.PixelData[1:]
-    return other
 
 
 def test_what_dicomweb_client_stores_ends_in_the_vault_and_equal_copies_change_nothing(home, study, rules):
