@@ -17,7 +17,7 @@ PLAN ?=
 CASES ?= 5000
 SEED ?= 1
 
-.PHONY: demo test check lint types unit bench-deid fuzz-deid bench-gate bench-geometry bench-large bench-pixels bench-speed test-peers clean
+.PHONY: demo test check lint types unit bench-deid fuzz-deid bench-gate bench-geometry bench-large bench-model bench-pixels bench-speed test-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

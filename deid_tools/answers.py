@@ -44,7 +44,9 @@ RETAINED = (
     "PatientPosition",
 )
 """What a volume is built from: these must come through as they are."""
+
 Box = tuple[int, int, int, int]
+"""Top, bottom, left, right in pixels; bottom and right are outside."""
 
 
 @dataclass(frozen=True, slots=True)

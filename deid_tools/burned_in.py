@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def hide_text(text: TextSearch, files: list[Path], policy: str = "blank") -> Bla
     raise Refusal(f"{_FOUND}, and some is still there after blanking")
 
 
-def _by_size(files: list[Path]) -> Any:
+def _by_size(files: list[Path]) -> Iterator[tuple[tuple[int, ...], NDArray[Any]]]:
+    """Yield the frames of each file, after their size."""
     for path in files:
         _, frames = read_staged(path)
         yield frames.shape[1:], frames

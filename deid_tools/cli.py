@@ -197,10 +197,8 @@ def _print_report(report: DeidReport) -> None:
     images = sum(s.images for s in report.series)
     print(f"{len(report.series)} series of {report.patients} patients passed: {images} images,", end=" ")
     print(f"{sum(s.labels for s in report.series)} label maps; {len(report.held)} of {report.files_seen} files held")
-    boxes, faces = (
-        sum(s.pixels.text_boxes for s in report.series),
-        sum(s.pixels.face == "removed" for s in report.series),
-    )
+    boxes = sum(s.pixels.text_boxes for s in report.series)
+    faces = sum(s.pixels.face == "removed" for s in report.series)
     print(f"{boxes} boxes of burned-in text blanked, {faces} faces removed")
     for reason, count in report.reasons().items():
         print(f"  held {count:>5}  {reason}")

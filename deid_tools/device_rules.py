@@ -8,11 +8,11 @@ is searched all the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.admit import Refusal
+from deid_tools.config_files import deid_folder
 from deid_tools.ocr import Box
 from medlsdm.errors import ConfigError
 
@@ -59,7 +59,7 @@ class DeviceRules:
     def __init__(self, path: Path | None = None) -> None:
         import yaml
 
-        path = path or _default()
+        path = path or deid_folder() / "device-rules.yaml"
         try:
             listed = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -83,14 +83,6 @@ class DeviceRules:
             rows, columns = int(ds.Rows), int(ds.Columns)
             found += [(top, left, min(end, rows), min(right, columns)) for top, left, end, right in rule.boxes]
         return [box for box in found if box[0] < box[2] and box[1] < box[3]]
-
-
-def _default() -> Path:
-    package = Path(str(resources.files("medlsdm")))
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "deid" / "device-rules.yaml").is_file():
-            return folder / "deid" / "device-rules.yaml"
-    raise ConfigError("The device rules are missing from this installation.", "Install medlsdm again.")
 
 
 def _rule(entry: Any, number: int) -> DeviceRule:

@@ -100,7 +100,7 @@ def study_evidence(run: Run, tools: Mapping[str, str]) -> tuple[StudyEvidence, .
         held[file.study][file.reason] += 1
     common = _common(run, tools, sum(held.pop("", Counter()).values()))
     return tuple(
-        StudyEvidence(name[:18], name[19:], _document(name, series[name], held[name], common))
+        StudyEvidence(*_parted(name), _document(name, series[name], held[name], common))
         for name in sorted({*series, *held})
     )
 
@@ -133,13 +133,20 @@ def _common(run: Run, tools: Mapping[str, str], elsewhere: int) -> dict[str, Any
 
 def _document(name: str, series: list[Series], held: Counter[str], common: dict[str, Any]) -> dict[str, Any]:
     rows = [_series(one) for one in sorted(series, key=lambda one: one.token)]
+    patient, study = _parted(name)
     return common | {
-        "patient": name[:18],
-        "study": name[19:],
+        "patient": patient,
+        "study": study,
         "series": rows,
         "held": {"files": sum(held.values()), "reasons": dict(held.most_common())},
         "second_pass": {"files": sum(row["checked"] for row in rows), "problems": 0, "checks": list(CHECKS)},
     }
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """Part the name of a study's evidence into pseudonym and study token, ``P-...`` and ``ST-...``."""
+    patient, _, token = name.rpartition("-ST-")
+    return patient, f"ST-{token}"
 
 
 def _series(one: Series) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from deid_tools.admit import Refusal
 from deid_tools.keys import SiteKeys
 from deid_tools.nested import clean_segment, code_meaning, code_of, coded
 from deid_tools.numbers import may_stay, within_length
+from deid_tools.recipes import NUMBERS
 from deid_tools.terms import FRAME_TERMS, TERMS
 from deid_tools.transforms import as_text
 from deid_tools.uids import new_uid
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 Tree = dict[str, "Tree | None"]
 NOT_STATED = "not stated"
 DUMMY_MOMENT = "19000101000000"
-_NUMBERS = ("DS", "IS", "FD", "FL", "US", "UL", "SS", "SL")
 _STACK = re.compile(r"\d{1,4}")
 
 
@@ -194,7 +194,7 @@ class _Copier:
         keyword, value = element.keyword, element.value
         if element.VR == "UI":
             setattr(target, keyword, "\\".join(new_uid(self._keys, uid) for uid in as_text(value).split("\\")))
-        elif element.VR in _NUMBERS:
+        elif element.VR in NUMBERS:
             if may_stay(element):
                 setattr(target, keyword, within_length(element.VR, value))
         elif element.VR == "AT":

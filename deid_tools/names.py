@@ -11,15 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deid_tools.admit import ADMITTED, Refusal, read_strict
 from deid_tools.contours import structure_names
 from deid_tools.nested import match_class
+from deid_tools.segmentations import segment_name
 from medlsdm.types import LabelSchema
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +49,6 @@ def _names(path: Path) -> Iterator[tuple[str, str, str]]:
         if kind == "RTSTRUCT":
             yield from structure_names(ds).values()
         elif kind == "SEG":
-            yield from _segments(ds)
+            yield from map(segment_name, ds.SegmentSequence)
     except (Refusal, OSError, AttributeError, KeyError, IndexError, TypeError, ValueError):
         return  # 'run' says why a file is held; here it has no names to show
-
-
-def _segments(ds: Dataset) -> Iterator[tuple[str, str, str]]:
-    for segment in ds.SegmentSequence:
-        codes = segment.get("SegmentedPropertyTypeCodeSequence", None) or []
-        value = str(codes[0].get("CodeValue", "")) if codes else ""
-        scheme = str(codes[0].get("CodingSchemeDesignator", "")) if codes else ""
-        yield str(segment.get("SegmentLabel", "")), value, scheme

@@ -11,6 +11,8 @@ from pathlib import Path
 from deid_tools.admit import Refusal
 
 HEADER_BYTES = 540
+_LAYOUTS = {348: (("8h", 40), ("f", 108)), 540: (("8q", 16), ("q", 168))}
+"""By the header's length, NIfTI-1's or NIfTI-2's: how and where it tells the dimensions and the voxels' offset."""
 _MOST_BEFORE_VOXELS = 16 * 1024**2
 _UNREADABLE = "the NIfTI file is not a label map that can be read"
 _LARGE = "the NIfTI file declares a header of more than 16 MiB"
@@ -27,19 +29,13 @@ def declared_voxels(path: Path) -> int:
             packed = stream.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as stream:
             header = stream.read(HEADER_BYTES)
-        order = {348: "<", 540: "<"}.get(int.from_bytes(header[:4], "little"), ">")
-        if struct.unpack_from(f"{order}i", header)[0] == 540:
-            sizes, offset = (
-                struct.unpack_from(f"{order}8q", header, 16),
-                struct.unpack_from(f"{order}q", header, 168)[0],
-            )
-        elif struct.unpack_from(f"{order}i", header)[0] == 348:
-            sizes, offset = (
-                struct.unpack_from(f"{order}8h", header, 40),
-                struct.unpack_from(f"{order}f", header, 108)[0],
-            )
-        else:
+        order = "<" if int.from_bytes(header[:4], "little") in _LAYOUTS else ">"
+        (length,) = struct.unpack_from(f"{order}i", header)
+        if length not in _LAYOUTS:
             raise Refusal(_UNREADABLE)
+        (kind, at), (offset_kind, offset_at) = _LAYOUTS[length]
+        sizes = struct.unpack_from(f"{order}{kind}", header, at)
+        (offset,) = struct.unpack_from(f"{order}{offset_kind}", header, offset_at)
     except (EOFError, zlib.error, gzip.BadGzipFile, struct.error):
         raise Refusal(_UNREADABLE) from None
     if not 1 <= sizes[0] <= 7 or min(sizes[1 : sizes[0] + 1]) < 1:

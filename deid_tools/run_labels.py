@@ -31,7 +31,7 @@ def segmentations(run: Run) -> None:
 
 
 def structure_sets(run: Run) -> None:
-    """Fill the contours of the RTSTRUCT objects; a label map is written, and nothing of the object itrun."""
+    """Fill the contours of the RTSTRUCT objects; a label map is written, and nothing of the object itself."""
     _label_objects(run, [g for g in run.groups.values() if g[0].is_structure_set], _structure_set)
 
 

@@ -87,10 +87,11 @@ def score(key: AnswerKey, out: Path) -> Score:
     for source in key.sources:
         if source.box is None:
             _judge_image(source, matched[source.name], result)
-    _judge_uids([(s, ds) for s in key.sources if (ds := matched.get(s.name)) is not None], result)
-    _judge_patients([(s, ds) for s in key.sources if (ds := matched.get(s.name)) is not None], result)
+    pairs = [(s, ds) for s in key.sources if (ds := matched.get(s.name)) is not None]
+    _judge_uids(pairs, result)
+    _judge_patients(pairs, result)
     _judge_hidden(key, out, result)
-    result.intervals = _intervals([(s, ds) for s in key.sources if (ds := matched.get(s.name)) is not None])
+    result.intervals = _intervals(pairs)
     return result
 
 

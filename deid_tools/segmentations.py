@@ -61,6 +61,14 @@ def read_segmentation(
     return SemanticMap(canvas.labels, geometry, schema)
 
 
+def segment_name(segment: Dataset) -> tuple[str, str, str]:
+    """Return a segment's own label, code value and coding scheme: the site's words, unchecked."""
+    codes = segment.get("SegmentedPropertyTypeCodeSequence", None) or []
+    value = str(codes[0].get("CodeValue", "")) if codes else ""
+    scheme = str(codes[0].get("CodingSchemeDesignator", "")) if codes else ""
+    return str(segment.get("SegmentLabel", "")), value, scheme
+
+
 def refuse_undescribed(ds: Dataset) -> None:
     """Refuse a staged LABELMAP whose pixels hold other numbers than its segments': it may be a picture.
 
@@ -84,10 +92,8 @@ def _classes(ds: Dataset, kind: str, schema: LabelSchema) -> dict[int, int]:
             number = int(segment.SegmentNumber)
             if number in classes or number in unknown:
                 raise DataError("The segmentation describes one segment number twice.")
-            codes = segment.get("SegmentedPropertyTypeCodeSequence", None) or []
-            value = str(codes[0].get("CodeValue", "")) if codes else ""
-            scheme = str(codes[0].get("CodingSchemeDesignator", "")) if codes else ""
-            found = match_class(schema, value, scheme, str(segment.get("SegmentLabel", "")))
+            name, value, scheme = segment_name(segment)
+            found = match_class(schema, value, scheme, name)
             if kind == "LABELMAP" and number == 0:
                 classes[0] = 0
             elif found:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deid_tools.labels import canonical_labels
+from deid_tools.labels import ON_GRID_VOXELS, canonical_labels
 from medlsdm.errors import DataError
 from medlsdm.types import Scan
 from medlsdm.volumes import write_nifti
@@ -58,6 +58,6 @@ def take_back(path: Path, scan: Scan) -> NDArray[np.uint16]:
     if not path.is_file():
         raise DataError("The segmenter wrote no label map.", "Run it by hand to see why.")
     array, geometry = canonical_labels(path)
-    if not geometry.matches(scan.geometry, tolerance_mm=0.05 * min(scan.geometry.spacing)):
+    if not geometry.matches(scan.geometry, tolerance_mm=ON_GRID_VOXELS * min(scan.geometry.spacing)):
         raise DataError("The segmenter's label map is on another grid than the scan.", "It must not resample.")
     return array

@@ -14,8 +14,9 @@ import typer
 from medlsdm import __version__, terminal
 
 if TYPE_CHECKING:
+    from medlsdm.training.folders import Pair
     from medlsdm.training.loop import Progress
-    from medlsdm.types import SemanticMap
+    from medlsdm.types import Modality, SemanticMap
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -41,7 +42,7 @@ def _root(
     """Train on scans with label maps, and synthesise volumes from label maps alone."""
 
 
-def _modality(name: str):
+def _modality(name: str) -> Modality:
     from medlsdm.errors import UsageError
     from medlsdm.types import Modality
 
@@ -97,13 +98,9 @@ def train(
     Several GPUs: accelerate launch -m medlsdm.cli train ...
     """
     from medlsdm.config import load_preset, load_schema
-    from medlsdm.errors import UsageError
     from medlsdm.training.folders import read_sources
 
-    kinds = [_modality(name) for name in modality or ["MR"]]
-    if len(kinds) not in (1, len(data)):
-        raise UsageError(f"{len(data)} --data and {len(kinds)} --modality.", "Give one, or one for each --data.")
-    sources = list(zip(data, kinds * (len(data) if len(kinds) == 1 else 1), strict=True))
+    sources = _sources(data, modality or ["MR"])
     settings = load_preset(preset or "tiny").scaled(steps_scale)
     labels = load_schema(schema) if schema else None
     checkpoint = None
@@ -117,8 +114,8 @@ def train(
         settings = settings.for_few_steps(few_steps).only_few_steps() if start else settings.for_few_steps(few_steps)
     pairs = read_sources(sources, labels)
 
-    from medlsdm.training.devices import join_processes, memory_advice, rank_and_size
-    from medlsdm.training.patients import prepare, typical_spacing
+    from medlsdm.training.devices import join_processes
+    from medlsdm.training.patients import typical_spacing
 
     if checkpoint is None and not keep_strides:
         settings = settings.for_spacing(typical_spacing(scan.geometry for scan, _ in pairs))
@@ -133,19 +130,43 @@ def train(
         "features": network,
     }  # fmt: skip
     if estimate:
-        from medlsdm.training.estimate import estimate_training
+        _estimate(pairs, arguments, json)
+    else:
+        _train(out, pairs, pictures, arguments, json)
 
-        told = estimate_training(data=prepare(pairs, settings), **arguments)
-        if rank_and_size()[0] == 0:
-            _render(told.to_json(), json)
-        return
 
+def _sources(data: list[Path], modality: list[str]) -> list[tuple[Path, Modality]]:
+    """Give each data folder its modality."""
+    from medlsdm.errors import UsageError
+
+    kinds = [_modality(name) for name in modality]
+    if len(kinds) not in (1, len(data)):
+        raise UsageError(f"{len(data)} --data and {len(kinds)} --modality.", "Give one, or one for each --data.")
+    return list(zip(data, kinds * (len(data) if len(kinds) == 1 else 1), strict=True))
+
+
+def _estimate(pairs: list[Pair], arguments: dict[str, Any], as_json: bool) -> None:
+    """Say what a run with these arguments would take; where several processes train, the first one does."""
+    from medlsdm.training.devices import rank_and_size
+    from medlsdm.training.estimate import estimate_training
+    from medlsdm.training.patients import prepare
+
+    told = estimate_training(data=prepare(pairs, arguments["preset"]), **arguments)
+    if rank_and_size()[0] == 0:
+        _render(told.to_json(), as_json)
+
+
+def _train(out: Path, pairs: list[Pair], pictures: bool, arguments: dict[str, Any], as_json: bool) -> None:
+    """Train a run with these arguments and say what came of it; where several processes train, the first one does."""
+    from medlsdm.training.devices import memory_advice, rank_and_size
+    from medlsdm.training.patients import prepare
     from medlsdm.training.run import TrainingRun
 
     started = time.process_time()
     advice = "Lower batch, crop or window in the preset, take a smaller preset, or use less data."
     with _progress() as report, memory_advice("training", advice):
-        run = TrainingRun(out, data=prepare(pairs, settings), progress=report, pictures=pictures, **arguments)
+        data = prepare(pairs, arguments["preset"])
+        run = TrainingRun(out, data=data, progress=report, pictures=pictures, **arguments)
         card = run.train()
     if rank_and_size()[0] == 0:
         result = {
@@ -158,7 +179,7 @@ def train(
             "cpu_seconds": round(time.process_time() - started, 1),
             "card_digest": card.digest,
         }
-        _render(result, json)
+        _render(result, as_json)
 
 
 @app.command()

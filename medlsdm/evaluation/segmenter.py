@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medlsdm.errors import DataError
-from medlsdm.models.layers import Triple, conv, depth_to_space, group_norm, space_to_depth
+from medlsdm.models.layers import ResidualBlock, Triple, conv, depth_to_space, group_norm, space_to_depth
 from medlsdm.training.loop import autocast, device_of
 from medlsdm.training.patients import mirror_to, round_up
 
@@ -27,20 +27,6 @@ CROP = (32, 48, 32)
 BATCH = 2
 LEARNING_RATE = 2e-3
 CALLBACK_EVERY = 50
-
-
-class Block(nn.Module):
-    """Add what two normalised convolutions find."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = group_norm(channels), group_norm(channels)
-        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels, zero=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` plus the residual."""
-        h = self.conv1(functional.silu(self.norm1(x)))
-        return x + self.conv2(functional.silu(self.norm2(h)))
 
 
 class Segmenter(nn.Module):
@@ -55,9 +41,9 @@ class Segmenter(nn.Module):
         self.n_classes, self.feature_width = n_classes, deep
         self.stem = conv(8, fine)
         self.down = nn.ModuleList([conv(fine, middle, stride=2), conv(middle, deep, stride=2)])
-        self.encoder = nn.ModuleList([Block(fine), Block(middle), Block(deep)])
+        self.encoder = nn.ModuleList(ResidualBlock(width, group_norm) for width in widths)
         self.grow = nn.ModuleList([conv(deep, middle, kernel=1), conv(middle, fine, kernel=1)])
-        self.decoder = nn.ModuleList([Block(middle), Block(fine)])
+        self.decoder = nn.ModuleList(ResidualBlock(width, group_norm) for width in (middle, fine))
         self.norm, self.head = group_norm(fine), conv(fine, 8 * n_classes)
 
     def encode(self, images: Tensor) -> list[Tensor]:

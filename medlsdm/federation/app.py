@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sysconfig
 import time
@@ -52,6 +53,13 @@ def end_group(process: subprocess.Popen[bytes], patience_s: float) -> None:
             except ProcessLookupError:
                 return
             time.sleep(0.1)
+
+
+def free_port() -> int:
+    """Return a loopback port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _prctl(option: int, value: int) -> None:

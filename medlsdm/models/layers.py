@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,11 +54,11 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Add what two convolutions find; normalised voxel by voxel, so that tiles equal the whole."""
+    """Add what two normalised convolutions find; by default voxel by voxel, so that tiles equal the whole."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module] = ChannelNorm) -> None:
         super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.norm1, self.norm2 = norm(channels), norm(channels)
         self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -102,13 +102,7 @@ def export(
         DataError: The card is not the one that the volumes were made with.
         BusyError: The folder holds something already.
     """
-    check_synthetic(volumes, labels)
-    report.raise_if_refused()
-    if [volume_digest(v) for v in volumes] != [v.volume_digest for v in report.verdicts]:
-        raise GateError("These are not the volumes that the gate judged.", "Audit exactly what is to be exported.")
-    kept = [(v, m) for v, m, verdict in zip(volumes, labels, report.verdicts, strict=True) if verdict.passed]
-    if not kept:
-        raise GateError("No volume passed the gate; nothing is exported.", "See the gate's reasons.")
+    kept = _passed(volumes, labels, report)
     card_digest = ModelCard.from_json_bytes(card).digest
     if any(v.provenance.card_digest != card_digest for v, _ in kept):
         raise DataError("The model card is not the one that the volumes were made with.", "Give that card.")
@@ -139,6 +133,20 @@ def export(
         shutil.rmtree(draft, ignore_errors=True)
     log.info("exported %d synthetic volumes, export %s", len(kept), receipt.id)
     return receipt
+
+
+def _passed(
+    volumes: Sequence[SyntheticVolume], labels: Sequence[SemanticMap], report: AuditReport
+) -> list[tuple[SyntheticVolume, SemanticMap]]:
+    """Return the volumes that passed, with their maps, once it is sure that these are what the gate judged."""
+    check_synthetic(volumes, labels)
+    report.raise_if_refused()
+    if [volume_digest(v) for v in volumes] != [v.volume_digest for v in report.verdicts]:
+        raise GateError("These are not the volumes that the gate judged.", "Audit exactly what is to be exported.")
+    kept = [(v, m) for v, m, verdict in zip(volumes, labels, report.verdicts, strict=True) if verdict.passed]
+    if not kept:
+        raise GateError("No volume passed the gate; nothing is exported.", "See the gate's reasons.")
+    return kept
 
 
 def _write_volumes(

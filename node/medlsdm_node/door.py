@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 
 from medlsdm_node.spool import Spool
@@ -10,7 +11,7 @@ from medlsdm_node.spool import Spool
 UNKNOWN = "unknown"
 
 
-class Door:
+class Door(ABC):
     """Count what happens at a door, by a sender's name in receive.yaml.
 
     Args:
@@ -22,22 +23,22 @@ class Door:
         self._tally: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
+    @abstractmethod
     def start(self) -> None:
         """Listen, in threads of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """Listen no more, and end what is under way."""
-        raise NotImplementedError
 
+    @abstractmethod
     def busy_with(self, study: str) -> bool:
         """Tell whether somebody who sent to this study is still connected."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def announcement(self) -> str:
         """Say where it listens."""
-        raise NotImplementedError
 
     def count(self, caller: str, what: str) -> None:
         """Count something that happened; ``caller`` is a name that receive.yaml gives, or "unknown"."""

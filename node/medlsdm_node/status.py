@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from typing import Any, NoReturn
 
@@ -12,13 +11,6 @@ from medlsdm.errors import ConfigError
 from medlsdm_node.home import NodeHome
 
 WATCH_SECONDS = 0.5
-
-
-def free_port() -> int:
-    """Return a loopback port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_activity(home: NodeHome, activity: str, **fields: Any) -> None:

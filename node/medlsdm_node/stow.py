@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import threading
-from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -223,9 +222,5 @@ def _answer(taken: list[Taken]) -> Answer:
 
 
 def _item(identity: Identity) -> dict[str, Any]:
-    return dict(_uids(identity))
-
-
-def _uids(identity: Identity) -> Iterator[tuple[str, dict[str, Any]]]:
-    for tag, uid in (("00081150", identity.sop_class), ("00081155", identity.sop)):
-        yield tag, {"vr": "UI"} | ({"Value": [uid]} if uid else {})
+    uids = {"00081150": identity.sop_class, "00081155": identity.sop}
+    return {tag: {"vr": "UI"} | ({"Value": [uid]} if uid else {}) for tag, uid in uids.items()}

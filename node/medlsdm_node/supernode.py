@@ -20,6 +20,7 @@ from medlsdm.federation.app import (
     die_with_parent,
     end_group,
     flower_environment,
+    free_port,
     obey_file_modes,
     program,
 )
@@ -77,8 +78,6 @@ class SuperNode:
 
     def start(self) -> None:
         """Start the process; its output goes to ``logs/supernode.log``."""
-        from medlsdm_node.status import free_port
-
         log_file = (self.home.logs / "supernode.log").open("ab")
         threads = self.home.settings.threads
         limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}

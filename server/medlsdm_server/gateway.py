@@ -41,7 +41,6 @@ FLEET_CALLS = frozenset(
 HOP_HEADERS = frozenset({"host", "connection", "keep-alive", "transfer-encoding", "te", "upgrade", "content-length"})
 MAX_ENROL_BYTES = 4096
 MAX_FLEET_BYTES = 64 * 1024 * 1024  # Flower cuts arrays into pieces of 5 MB
-MODEL_POLL_S = 0.5
 
 
 class Gateway:

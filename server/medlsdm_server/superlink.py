@@ -7,7 +7,6 @@ reach the fleet calls alone, through ``gateway``.
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,18 +14,11 @@ from typing import Any
 
 from medlsdm.checks import write_atomic
 from medlsdm.errors import BusyError, RoundError
-from medlsdm.federation.app import die_with_parent, end_group, flower_environment, program
+from medlsdm.federation.app import die_with_parent, end_group, flower_environment, free_port, program
 from medlsdm_server.home import HOME_VARIABLE, ServerHome
 
 CONNECTION = "medlsdm"
 START_SECONDS, STOP_SECONDS = 90, 15
-
-
-def free_port() -> int:
-    """Return a loopback port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class SuperLink:
@@ -93,10 +85,6 @@ class SuperLink:
                     time.sleep(0.2)
         self.stop()
         raise RoundError("Flower's SuperLink did not start.", f"See {self.home.logs / 'superlink.log'}.")
-
-    def alive(self) -> bool:
-        """Tell whether the process runs."""
-        return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
         """End it, and what it started."""

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import h11
 import pytest
 
-from medlsdm.federation.app import program
+from medlsdm.federation.app import free_port, program
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -53,10 +53,17 @@ def ask(name: str, *arguments: str | Path, timeout: float = 180) -> Any:
     return json.loads(done.stdout)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def need(*programs: str) -> None:
+    for name in programs:
+        system_program(name)
+
+
+def system_program(name: str) -> str:
+    """Return the system's program: pynetdicom installs senders of the same names beside Python."""
+    path = shutil.which(name, path="/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin")
+    if not path:
+        pytest.skip(f"{name} is not installed")
+    return path
 
 
 def wait_for(ready: Callable[[], Any], seconds: float, what: str, every: float = 0.2) -> Any:
@@ -234,3 +241,22 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
     held = Programs(tmp_path_factory.mktemp("programs"))
     yield held
     held.end()
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[str, ...]]:
+    """Make a network in which only loopback exists, since Orthanc listens on every address; return how to enter."""
+    need("unshare", "nsenter", "ip", "Orthanc", "curl")
+    holder = subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", "ip link set lo up && echo up && exec sleep 3600"], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    if holder.stdout.readline() != b"up\n":
+        holder.wait()
+        pytest.skip("a network namespace cannot be made here")
+    try:
+        yield ("nsenter", "-t", str(holder.pid), "-n")
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()

@@ -20,11 +20,11 @@ from deid_tools.plant import write_planted_study
 from medlsdm.anatomy import generate
 from medlsdm.federation.app import program
 from medlsdm.types import Modality
+from tests.certificates import self_signed
 
 from .conftest import ask, environment, free_port, wait_for
-from .test_receive_peers import PATIENCE_S, Node, certificate, network, orthanc, write_large
+from .peers import PATIENCE_S, Node, orthanc, peak_kib, write_large
 
-__all__ = ["network"]
 pytestmark = pytest.mark.peers
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 TOKEN, USER, PASSWORD = "0123456789abcdef0123456789abcdef", "reader", "a long password"
@@ -102,7 +102,7 @@ def new_site(folder: Path, inside: tuple[str, ...], secure: bool) -> Site:
     token.write_text(TOKEN)
     web: dict[str, object] = {"addresses": ["127.0.0.1"], "port": node.port, "token_file": str(token)}
     if secure:
-        public, private = map(str, certificate(folder))
+        public, private = map(str, self_signed(folder))
         web["tls"] = {"certificate": public, "key": private}
     rules = {"web": web, "min_free_bytes": 0, "quiet_seconds": 2.0}
     (node.home / "receive.yaml").write_text(yaml.safe_dump(rules))
@@ -139,7 +139,7 @@ def test_orthanc_pushes_a_study_over_the_web(tmp_path, studies, network, secure)
     node = site.node
     node.start()
     try:
-        with orthanc(tmp_path, network, node, site.settings(node.port), site.rest):
+        with orthanc(tmp_path, network, node.port, site.settings(node.port), site.rest):
             site.upload(studies[0])
             body = json.dumps({"Resources": site.rest("studies"), "Synchronous": True})
             assert site.rest("dicom-web/servers/wrong/stow", "-d", body) is None
@@ -161,7 +161,7 @@ def test_orthanc_pushes_a_study_over_the_web(tmp_path, studies, network, secure)
 def test_studies_are_pulled_from_orthanc_and_only_once(tmp_path, studies, network, secure):
     site = new_site(tmp_path, network, secure)
     node = site.node
-    with orthanc(tmp_path, network, node, site.settings(node.port), site.rest), relay(site):
+    with orthanc(tmp_path, network, node.port, site.settings(node.port), site.rest), relay(site):
         for folder in studies:
             site.upload(folder)
         datasets = [next(pydicom.dcmread(p) for p in f.rglob("*") if p.is_file()) for f in studies]
@@ -201,15 +201,13 @@ def empty(folder: Path) -> Path:
 
 
 def other_ca(folder: Path) -> Path:
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir()
-    return certificate(elsewhere)[0]
+    return self_signed(folder / "elsewhere")[0]
 
 
 def test_a_pull_that_is_killed_goes_on_where_it_was(tmp_path, studies, network):
     site = new_site(tmp_path, network, False)
     node = site.node
-    with orthanc(tmp_path, network, node, site.settings(node.port), site.rest):
+    with orthanc(tmp_path, network, node.port, site.settings(node.port), site.rest):
         site.upload(studies[0])
         where = ["--from", f"{site.url}/dicom-web", "--home", str(node.home), "--modality", "MR"]
         command = [program("medlsdm-node"), "pull", *where]
@@ -283,7 +281,7 @@ def test_memory_stays_flat_over_the_web(tmp_path, studies, network):
         assert kept.stat().st_size > megabytes << 20
         node.stop()
         kept.unlink()
-        with orthanc(tmp_path, network, node, site.settings(node.port), site.rest):
+        with orthanc(tmp_path, network, node.port, site.settings(node.port), site.rest):
             assert site.rest("instances", "--data-binary", f"@{large}")
             where = ["--from", f"{site.url}/dicom-web", "--home", str(node.home), "--modality", "MR"]
             puller = subprocess.Popen(
@@ -299,9 +297,3 @@ def test_memory_stays_flat_over_the_web(tmp_path, studies, network):
     finally:
         if node.process is not None and node.process.poll() is None:
             node.stop(signal.SIGKILL)
-
-
-def peak_kib(pid: int) -> int:
-    """Return the most memory that a process held so far."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0").split()[1])

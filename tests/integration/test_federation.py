@@ -9,21 +9,17 @@ import shutil
 import signal
 import ssl
 import struct
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from deid_tools.plant import write_planted_study
 from medlsdm.anatomy import generate
-from medlsdm.config import load_preset
 from medlsdm.federation.identity import Invitation, fingerprint
 from medlsdm.types import Modality
 from medlsdm.volumes import write_nifti
@@ -31,58 +27,13 @@ from medlsdm_node.demo.leaks import search
 from medlsdm_server.registry import Registry
 
 from .conftest import Programs, RecordingProxy, Request, ask, call, free_port, of_home, wait_for, wait_until_gone
+from .federation import SIZE, Federation
 
 SITES = {"site-a": 5, "site-b": 6, "site-c": 7}
-SIZE = (20, 24, 10)
-STEPS = 5
 FLEET = re.compile(r"^/v1/fleet/[a-z-]+$")
 OURS = re.compile(r"^/v1/(ca|enrol|site|models(/[a-z0-9.-]+/[a-z.]+)?)$")
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass
-class Federation:
-    root: Path
-    programs: Programs
-    proxy: RecordingProxy | None = None
-    server: subprocess.Popen[bytes] | None = None
-    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    tokens: list[str] = field(default_factory=list)
-    launched: dict[str, Any] = field(default_factory=dict)
-    sent: list[Request] = field(default_factory=list)
-    port: int = 0
-
-    @property
-    def coordinator(self) -> Path:
-        return self.root / "coordinator"
-
-    def home(self, site: str) -> Path:
-        return self.root / site / "node"
-
-    @property
-    def proxied(self) -> RecordingProxy:
-        assert self.proxy is not None
-        return self.proxy
-
-    def plan(self, name: str) -> Path:
-        tiny = load_preset("tiny").model_dump(mode="json")
-        tiny |= {"name": "minute", "window": [20, 24, 16]}
-        tiny["autoencoder"] |= {"channels": [8, 16], "label_width": 8}
-        tiny["denoiser"] |= {"channels": [16, 24], "label_width": 8}
-        tiny["stage1"] |= {"crop": [16, 20, 16]}
-        (self.root / "preset.yaml").write_text(yaml.safe_dump(tiny))
-        stages = {stage: {"rounds": 1, "steps": STEPS} for stage in ("stage1", "stage2")}
-        plan = {"preset": str(self.root / "preset.yaml"), "modalities": ["MR"], "sites": 3, "deadline_s": 120} | stages
-        path = self.root / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(plan))
-        return path
-
-    def superlink(self) -> str:
-        config = (self.coordinator / "flower/config.toml").read_text()
-        found = re.search(r'address = "(127\.0\.0\.1:\d+)"', config)
-        assert found is not None
-        return found.group(1)
 
 
 def admit_patients(federation: Federation, number: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,8 @@ from medlsdm.types import Modality
 from medlsdm_node.home import NodeHome
 from medlsdm_node.status import read_activity
 
-from .conftest import Programs, ask, call, free_port, wait_for, wait_until_gone
-from .test_federation import SIZE, Federation
+from .conftest import Programs, ask, call, free_port, system_program, wait_for, wait_until_gone
+from .federation import SIZE, Federation
 
 pytestmark = [pytest.mark.slow, pytest.mark.peers]
 PATIENTS, STEPS, PATIENCE_S = 5, 60, 300
@@ -35,11 +34,8 @@ def write_patient(seed: int, folder: Path) -> Path:
 
 
 def scu(port: int, name: str, *arguments: str) -> int:
-    path = shutil.which(name, path="/usr/local/bin:/usr/bin:/bin")
-    if path is None:
-        pytest.skip(f"{name} is not installed")
     titles = ["-aet", "STORESCU", "-aec", "MEDLSDM", "-to", "5"]
-    command = [path, *titles, *arguments[:-1], "127.0.0.1", str(port), *arguments[-1:]]
+    command = [system_program(name), *titles, *arguments[:-1], "127.0.0.1", str(port), *arguments[-1:]]
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 

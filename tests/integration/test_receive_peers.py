@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import json
-import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pydicom
 import pytest
-import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from deid_tools.plant import write_planted_study
 from medlsdm.anatomy import generate
-from medlsdm.federation.app import program
 from medlsdm.types import Modality
+from tests.certificates import self_signed
 
-from .conftest import ask, call, environment, free_port, wait_for
+from .conftest import ask, call, free_port, need, system_program, wait_for
+from .peers import PATIENCE_S, Node, orthanc, peak_kib, rest, write_large
 
 pytestmark = pytest.mark.peers
-PATIENCE_S = 300
-LOOPBACK = ipaddress.ip_address("127.0.0.1")
-
-
-def need(*programs: str) -> None:
-    for name in programs:
-        found(name)
-
-
-def found(name: str) -> str:
-    """Return the system's program: pynetdicom installs senders of the same names beside Python."""
-    path = shutil.which(name, path="/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin")
-    if not path:
-        pytest.skip(f"{name} is not installed")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -53,43 +30,6 @@ def study(tmp_path_factory) -> Path:
     scan, labels = generate(5, Modality.MR, (24, 20, 24))
     write_planted_study(scan.array, scan.geometry, scan.modality, labels, folder, seed=5, hospital="Northgate")
     return folder
-
-
-@dataclass
-class Node:
-    """A node that receives, perhaps in another network namespace."""
-
-    home: Path
-    port: int
-    inside: tuple[str, ...] = ()
-    process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        command = [*self.inside, program("medlsdm-node"), "receive", "--home", str(self.home)]
-        self.process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if "listens on" in line:
-                return
-        pytest.fail("the receiver did not start")
-
-    def stop(self, number: int = signal.SIGTERM) -> str:
-        """End it and return what it said after its first line."""
-        assert self.process is not None
-        self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=PATIENCE_S)
-        return said
-
-    def rules(self, **changed: object) -> None:
-        file = self.home / "receive.yaml"
-        rules = yaml.safe_load(file.read_text())
-        file.write_text(yaml.safe_dump(rules | changed))
-
-    def kept(self) -> list[Path]:
-        return sorted((self.home / "spool" / "studies").glob("*/in/*.sealed"))
-
-    def pairs(self) -> int:
-        return ask("medlsdm-node", "status", "--home", self.home)["pairs"]
 
 
 @contextlib.contextmanager
@@ -110,7 +50,7 @@ def new_node(folder: Path, inside: tuple[str, ...] = (), **rules: object) -> Ite
 
 def scu(name: str, node: Node, *arguments: str, calling: str = "STORESCU", called: str = "MEDLSDM") -> int:
     titles, to = ["-aet", calling, "-aec", called], ["127.0.0.1", str(node.port)]
-    command = [found(name), *titles, *arguments[:-1], *to, *filter(None, arguments[-1:])]
+    command = [system_program(name), *titles, *arguments[:-1], *to, *filter(None, arguments[-1:])]
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
@@ -140,7 +80,7 @@ def test_dcmtk_echoes_and_pushes_and_who_is_not_named_is_refused(tmp_path, study
 def test_dcmtk_is_told_of_a_low_disk_and_a_wrong_address_hears_nothing(tmp_path, study):
     need("echoscu", "storescu")
     with new_node(tmp_path, min_free_bytes=1 << 60) as node:
-        command = [found("storescu"), "-v", "-R", "-nh", "-aet", "STORESCU", "-aec", "MEDLSDM", "127.0.0.1"]
+        command = [system_program("storescu"), "-v", "-R", "-nh", "-aet", "STORESCU", "-aec", "MEDLSDM", "127.0.0.1"]
         done = subprocess.run(
             [*command, str(node.port), "+sd", "+r", str(study)], capture_output=True, text=True, check=False
         )
@@ -159,7 +99,7 @@ def test_killed_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(tmp_pat
     files = sorted(str(p) for p in study.rglob("*") if p.is_file())
     with new_node(tmp_path, quiet_seconds=600.0) as node:
         command = [
-            found("storescu"),
+            system_program("storescu"),
             "-v",
             "-R",
             "-aet",
@@ -189,14 +129,6 @@ def test_killed_in_the_middle_nothing_is_lost_and_nothing_is_there_twice(tmp_pat
         assert ask("medlsdm-node", "quarantine", "list", "--home", node.home) == []
 
 
-def write_large(study: Path, path: Path, megabytes: int) -> Path:
-    ds = pydicom.dcmread(next(p for p in sorted(study.rglob("*")) if p.is_file()))
-    ds.NumberOfFrames, ds.Rows, ds.Columns = megabytes * 2, 512, 512
-    ds.PixelData = bytes(megabytes << 20)
-    ds.save_as(path)
-    return path
-
-
 def test_memory_stays_flat_while_a_large_instance_arrives(tmp_path, study):
     need("storescu")
     megabytes = 192
@@ -206,93 +138,7 @@ def test_memory_stays_flat_while_a_large_instance_arrives(tmp_path, study):
         assert scu("storescu", node, str(tmp_path / "large.dcm")) == 0
         (kept,) = node.kept()
         assert kept.stat().st_size > megabytes << 20
-        status = Path(f"/proc/{node.process.pid}/status").read_text()
-        peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-        assert peak < 160_000 + 32_000  # KiB: what the program takes without any, and some room
-
-
-@pytest.fixture
-def network() -> Iterator[tuple[str, ...]]:
-    """Make a network in which only loopback exists, since Orthanc listens on every address; return how to enter."""
-    need("unshare", "nsenter", "ip", "Orthanc", "curl")
-    holder = subprocess.Popen(
-        ["unshare", "-n", "sh", "-c", "ip link set lo up && echo up && exec sleep 3600"], stdout=subprocess.PIPE
-    )
-    assert holder.stdout is not None
-    if holder.stdout.readline() != b"up\n":
-        holder.wait()
-        pytest.skip("a network namespace cannot be made here")
-    try:
-        yield ("nsenter", "-t", str(holder.pid), "-n")
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """Write a self-signed certificate for loopback and its key; Orthanc and the node both use it."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name.from_rfc4514_string("CN=localhost")
-    now = datetime.datetime.now(datetime.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(LOOPBACK)]), False)
-        .sign(key, hashes.SHA256())
-    )
-    public, private = folder / "node.crt", folder / "node.key"
-    public.write_bytes(built.public_bytes(Encoding.PEM))
-    private.touch(mode=0o600)
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return public, private
-
-
-def rest(inside: tuple[str, ...], path: str, *arguments: str) -> object:
-    """Ask Orthanc; an error status is an empty answer."""
-    url = f"http://127.0.0.1:18042/{path}"
-    done = subprocess.run([*inside, "curl", "-sf", *arguments, url], capture_output=True, text=True, check=False)
-    return json.loads(done.stdout) if done.returncode == 0 and done.stdout else None
-
-
-@contextlib.contextmanager
-def orthanc(
-    folder: Path,
-    inside: tuple[str, ...],
-    node: Node,
-    more: dict[str, object],
-    asked: Callable[[str], object] | None = None,
-) -> Iterator[None]:
-    """Run Orthanc with further settings; with a DICOM TLS certificate among them, it speaks TLS to the node."""
-    asked = asked or (lambda path: rest(inside, path))
-    tls = "DicomTlsCertificate" in more
-    modality = {"AET": "MEDLSDM", "Host": "127.0.0.1", "Port": node.port, "UseDicomTls": tls}
-    settings = {
-        "StorageDirectory": str(folder / "orthanc"),
-        "IndexDirectory": str(folder / "orthanc"),
-        "Plugins": [],
-        "DicomAet": "ORTHANC",
-        "DicomPort": 14242,
-        "HttpPort": 18042,
-        "RemoteAccessAllowed": False,
-        "DicomModalities": {"node": modality, "wrong": modality | {"AET": "OTHER"}},
-    }
-    (folder / "orthanc.json").write_text(json.dumps(settings | more))
-    with (folder / "orthanc.log").open("w") as log:
-        process = subprocess.Popen(
-            [*inside, "Orthanc", str(folder / "orthanc.json")], stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            wait_for(lambda: asked("system"), 60, "Orthanc", every=1)
-            yield
-        finally:
-            process.terminate()
-            process.wait(60)
+        assert 0 < peak_kib(node.process.pid) < 160_000 + 32_000  # what the program takes anyway, and some room
 
 
 @pytest.mark.parametrize("secure", [False, True])
@@ -300,14 +146,14 @@ def test_orthanc_pushes_a_study(tmp_path, study, network, secure):
     rules: dict[str, object] = {}
     tls: dict[str, object] = {}
     if secure:
-        public, private = map(str, certificate(tmp_path))
+        public, private = map(str, self_signed(tmp_path))
         rules["tls"] = {"certificate": public, "key": private, "client_ca": public}
         tls = {
             "DicomTlsCertificate": public,
             "DicomTlsPrivateKey": private,
             "DicomTlsTrustedCertificates": public,
         }
-    with new_node(tmp_path, network, **rules) as node, orthanc(tmp_path, network, node, tls):
+    with new_node(tmp_path, network, **rules) as node, orthanc(tmp_path, network, node.port, tls):
         for path in (p for p in study.rglob("*") if p.is_file()):
             assert rest(network, "instances", "--data-binary", f"@{path}")
         (pushed,) = rest(network, "studies")  # type: ignore[misc]
@@ -320,7 +166,16 @@ def test_orthanc_pushes_a_study(tmp_path, study, network, secure):
         assert (answer["InstancesCount"], answer["FailedInstancesCount"]) == (25, 0)
         assert len(node.kept()) == 25
         if secure:  # one who does not speak TLS, and one without a certificate, are refused
-            plain = [*network, found("echoscu"), "-aet", "STORESCU", "-aec", "MEDLSDM", "127.0.0.1", str(node.port)]
+            plain = [
+                *network,
+                system_program("echoscu"),
+                "-aet",
+                "STORESCU",
+                "-aec",
+                "MEDLSDM",
+                "127.0.0.1",
+                str(node.port),
+            ]
             nameless = [*plain[:5], "+tla", "-ic", *plain[5:]]
             assert subprocess.run(plain, capture_output=True, check=False).returncode != 0
             assert subprocess.run(nameless, capture_output=True, check=False).returncode != 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sysconfig
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,9 +14,10 @@ from nibabel.funcs import as_closest_canonical
 
 from deid_tools.write import write_synthetic_series
 from medlsdm.types import SYNTHESIS_SEAL, Geometry, Modality, Provenance, SyntheticVolume
-from tests.integration.test_receive_peers import need, network, orthanc, rest
 
-__all__ = ["network"]
+from .conftest import need
+from .peers import orthanc, rest
+
 pytestmark = pytest.mark.peers
 NEWER_THAN_THE_CHECKER = "(0x0008,0x001c)"
 TURNED = np.array([[0.8, 0.1, 0.0, -9.0], [-0.1, 0.8, 0.0, 4.0], [0.0, 0.0, 2.5, -30.0], [0.0, 0.0, 0.0, 1.0]])
@@ -60,7 +60,7 @@ def test_dcm2niix_reads_the_same_volume(tmp_path, modality):
 
 
 def test_orthanc_takes_it_in_and_shows_it(tmp_path, network):
-    with orthanc(tmp_path, network, SimpleNamespace(port=1), {}):  # pyright: ignore[reportArgumentType]
+    with orthanc(tmp_path, network, 1, {}):
         for modality in Modality:
             _, paths = series(tmp_path / modality.value, modality)
             for path in paths:

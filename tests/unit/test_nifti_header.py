@@ -84,14 +84,14 @@ def test_equal_volumes_give_equal_bytes(tmp_path):
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
-def test_a_label_map_of_a_hospital_comes_out_bare(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("without_tesseract")
+def test_a_label_map_of_a_hospital_comes_out_bare(tmp_path):
     from deid_tools.keys import SiteKeys
     from deid_tools.pipeline import deidentify
     from deid_tools.plant import write_planted_study
     from deid_tools.verify import verify_folder
     from medlsdm.types import LabelClass, LabelSchema, Modality, SemanticMap
 
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
     schema = LabelSchema("s", (LabelClass(0, "background"), LabelClass(1, "liver", "10200004")))
     geometry = Geometry(np.diag([1.0, 1.0, 2.0, 1.0]), (12, 10, 5))
     values = np.zeros(geometry.shape, np.uint8)

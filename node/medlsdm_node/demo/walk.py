@@ -17,6 +17,7 @@ import yaml
 from medlsdm.checks import write_atomic
 from medlsdm.config import config_folder
 from medlsdm.errors import BusyError, MedlsdmError, RoundError
+from medlsdm.federation.app import free_port
 from medlsdm.types import LabelSchema, Modality
 from medlsdm.volumes import read_nifti, to_ras
 from medlsdm_node.demo import cohort
@@ -25,7 +26,6 @@ from medlsdm_node.demo.leaks import LeakSearch, search
 from medlsdm_node.demo.live import Board
 from medlsdm_node.demo.programs import Running, ask
 from medlsdm_node.report_pictures import Example
-from medlsdm_node.status import free_port
 
 EXAMPLES_PER_SITE = 2
 JOIN_SECONDS = 180

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 
 from deid_tools.keys import SiteKeys
@@ -28,6 +30,21 @@ def data() -> Path:
     if not (DATA / "dicom").is_dir():
         pytest.skip("the real data folder is not beside the checkout")
     return DATA
+
+
+@pytest.fixture
+def organ_ct(data: Path, tmp_path: Path) -> Path:
+    """TotalSegmentator's sample: a compressed CT whose headers name no patient or class, repaired, and its labels."""
+    folder = tmp_path / "organs"
+    folder.mkdir()
+    for k, path in enumerate(sorted((data / "dicom" / "ct-organs" / "dicom").iterdir())):
+        ds = pydicom.dcmread(path)
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.PatientID, ds.Modality = "1.2.3", "1.2.3.4", "ORGANS-1", "CT"
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{k + 1}"
+        ds.save_as(folder / path.name)
+    shutil.copy(data / "dicom" / "ct-organs" / "labels.nii.gz", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

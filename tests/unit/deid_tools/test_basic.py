@@ -17,10 +17,7 @@ from deid_tools.recipes import Option, load_recipe
 from deid_tools.verify import verify_folder
 from medlsdm.errors import ConfigError, DataError
 
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 
 
 def images(folder: Path) -> list[Path]:

@@ -59,12 +59,7 @@ def frames(paths) -> np.ndarray:
     return np.stack([pydicom.dcmread(p).pixel_array for p in paths])
 
 
-@pytest.fixture
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
-
-
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 def test_a_clean_series_is_left_as_it_is(tmp_path):
     paths, search = write(tmp_path, scan())
     before = [p.read_bytes() for p in paths]
@@ -72,7 +67,7 @@ def test_a_clean_series_is_left_as_it_is(tmp_path):
     assert [p.read_bytes() for p in paths] == before
 
 
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 def test_what_is_drawn_on_one_place_is_blanked_even_without_tesseract(tmp_path):
     slices = scan()
     mark = letters("DOE JANE", 12)
@@ -89,7 +84,7 @@ def test_what_is_drawn_on_one_place_is_blanked_even_without_tesseract(tmp_path):
     assert [i.CodeValue for i in ds.DeidentificationMethodCodeSequence] == ["113100", "113101"]
 
 
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 def test_text_over_anatomy_that_never_changes_is_found(tmp_path):
     slices = scan()
     mark = letters("A1", 14)
@@ -100,7 +95,7 @@ def test_text_over_anatomy_that_never_changes_is_found(tmp_path):
     assert not (spot == 350).any()
 
 
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 def test_quarantine_is_a_policy_and_too_much_text_is_always_held(tmp_path):
     slices = scan()
     slices[:, 2:8, 2:60] = 2000
@@ -114,7 +109,7 @@ def test_quarantine_is_a_policy_and_too_much_text_is_always_held(tmp_path):
         hide_text(search, paths)
 
 
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 def test_declared_boxes_are_blanked_though_nothing_can_be_read(tmp_path):
     paths, _ = write(tmp_path, scan())
     search = TextSearch()
@@ -135,7 +130,7 @@ def test_a_name_on_a_single_slice_is_read_and_blanked(tmp_path):
     assert frames(paths)[4, 130:].max() < 500
 
 
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 def test_a_block_thicker_than_letters_is_no_text(tmp_path):
     slices = scan()
     slices[:, 60:84, 50:80] = 2000
@@ -149,7 +144,7 @@ def test_an_unknown_policy_is_refused():
         PixelPolicy("ignore")
 
 
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 @pytest.mark.parametrize("pixels", ["signed", "unsigned", "eight bits"])
 def test_text_is_hidden_whatever_the_pixels_are(tmp_path, keys, pixels):
     """One name on one of several slices, over anatomy, in every layout of pixels that is admitted."""
@@ -191,7 +186,7 @@ def test_text_is_hidden_whatever_the_pixels_are(tmp_path, keys, pixels):
 
 
 @pytest.mark.real_data
-@pytest.mark.usefixtures("_without_tesseract")
+@pytest.mark.usefixtures("without_tesseract")
 def test_no_file_of_the_burned_in_set_passes_with_its_text(data, tmp_path, keys):
     report = deidentify(data / "dicom" / "burned-in", tmp_path / "out", keys)
     assert report.series == ()

@@ -22,10 +22,7 @@ from medlsdm.errors import DataError
 
 from .conftest import plant
 
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 
 
 def picture(path: Path) -> np.ndarray:

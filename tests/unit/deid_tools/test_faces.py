@@ -202,9 +202,9 @@ def test_a_header_says_head_in_several_ways():
     assert says_head(ds)
 
 
+@pytest.mark.usefixtures("without_tesseract")
 @pytest.mark.parametrize("form", ["DICOM SEG", "NIfTI"])
-def test_a_labelled_brain_stays_bit_for_bit_and_the_face_goes(tmp_path, keys, monkeypatch, form):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+def test_a_labelled_brain_stays_bit_for_bit_and_the_face_goes(tmp_path, keys, form):
     array, parts = phantom(Modality.CT)
     geometry = Geometry(upright(), SIZE)
     labels = SemanticMap(parts["brain"].astype(np.uint8), geometry, BRAIN)
@@ -229,11 +229,9 @@ def test_a_labelled_brain_stays_bit_for_bit_and_the_face_goes(tmp_path, keys, mo
     assert "113102" in [item.CodeValue for item in ds.DeidentificationMethodCodeSequence]
 
 
+@pytest.mark.usefixtures("without_tesseract")
 @pytest.mark.parametrize("form", ["DICOM SEG", "NIfTI"])
-def test_no_label_map_outlines_the_face_that_was_cut_off_not_even_one_that_comes_later(
-    tmp_path, keys, monkeypatch, form
-):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+def test_no_label_map_outlines_the_face_that_was_cut_off_not_even_one_that_comes_later(tmp_path, keys, form):
     skin = LabelSchema("skin", (LabelClass(0, "background"), LabelClass(1, "brain", "12738006"), LabelClass(2, "body")))
     array, parts = phantom(Modality.CT)
     geometry = Geometry(upright(), SIZE)

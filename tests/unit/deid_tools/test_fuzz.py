@@ -43,8 +43,8 @@ def pool(fuzz, study, tmp_path):
     ]
 
 
-def test_no_mutated_file_crashes_leaks_or_is_lost(fuzz, pool, tmp_path, monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+@pytest.mark.usefixtures("without_tesseract")
+def test_no_mutated_file_crashes_leaks_or_is_lost(fuzz, pool, tmp_path):
     (tmp_path / "cases").mkdir()
     ends = set()
     for number in range(CASES):
@@ -66,9 +66,8 @@ def test_every_mutation_is_drawn(fuzz, pool):
     assert done == {m.__name__ for m in fuzz.MUTATIONS}
 
 
+@pytest.mark.usefixtures("without_tesseract")
 def test_the_fuzzer_sees_what_is_wrong(fuzz, pool, tmp_path, monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
-
     def plain(number, seed, pool):
         return "plain", b"a.dcm", pool[0].content, pool[0].tokens
 

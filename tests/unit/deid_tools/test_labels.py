@@ -150,7 +150,8 @@ def test_the_threshold_of_fractions_can_be_chosen(study, schema):
         assert (found.array > 0).sum() == expected
 
 
-def test_a_label_map_segmentation_of_another_writer_passes_the_pipeline(study, schema, keys, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("without_tesseract")
+def test_a_label_map_segmentation_of_another_writer_passes_the_pipeline(study, schema, keys, tmp_path):
     from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.sr.coding import Code
 
@@ -158,7 +159,6 @@ def test_a_label_map_segmentation_of_another_writer_passes_the_pipeline(study, s
     from deid_tools.series import plan_series
     from medlsdm.volumes import from_ras
 
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
     old = next(study.source.rglob("*SEG.dcm"))
     old.unlink()
     datasets = [pydicom.dcmread(p) for p in sorted(study.source.rglob("*.dcm"))]

@@ -21,13 +21,12 @@ from medlsdm.errors import DataError
 from medlsdm.types import LabelClass, LabelSchema
 from medlsdm.volumes import from_ras
 
-pytestmark = [pytest.mark.real_data, pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("without_tesseract"),
+    pytest.mark.real_data,
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 LIVER = LabelSchema("l", (LabelClass(0, "background"), LabelClass(1, "liver", "10200004")))
-
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -163,19 +162,10 @@ def test_masks_that_rt_utils_draws_come_back_voxel_by_voxel(data, tmp_path, name
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_nifti_labels_of_organs_have_the_right_hounsfield_units(data, tmp_path, keys):
+def test_nifti_labels_of_organs_have_the_right_hounsfield_units(organ_ct, tmp_path, keys):
     """TotalSegmentator's sample: labels in another axis order than the CT; organs by their HU."""
-    source = tmp_path / "organs"
-    source.mkdir()
-    for k, path in enumerate(sorted((data / "dicom" / "ct-organs" / "dicom").iterdir())):
-        ds = pydicom.dcmread(path)
-        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID
-        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.PatientID, ds.Modality = "1.2.3", "1.2.3.4", "ORGANS-1", "CT"
-        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{k + 1}"
-        ds.save_as(source / path.name)
-    shutil.copy(data / "dicom" / "ct-organs" / "labels.nii.gz", source)
     schema = LabelSchema("organs", tuple(LabelClass(k, f"organ {k}") for k in range(120)))
-    deidentify(source, tmp_path / "out", keys, schema=schema)
+    deidentify(organ_ct, tmp_path / "out", keys, schema=schema)
     (pair,) = read_pairs(tmp_path / "out", schema)
     assert pair.scan is not None
     assert pair.labels is not None

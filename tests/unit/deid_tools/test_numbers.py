@@ -18,13 +18,9 @@ from deid_tools.pipeline import deidentify
 from deid_tools.recipes import load_recipe
 from deid_tools.treatment import PixelPolicy
 
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 SECRET = b"DOE^JANE"
 BASIC = load_recipe("basic", ["safe-private"])
-
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
 
 
 def series(edit, folder: Path) -> Path:

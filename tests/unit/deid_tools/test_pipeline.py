@@ -23,10 +23,7 @@ from medlsdm.errors import DataError
 from medlsdm.types import Geometry, LabelSchema
 from medlsdm.volumes import write_nifti
 
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 
 
 def leaks(out: Path, tokens: list[str]) -> list[str]:
@@ -390,22 +387,13 @@ def test_the_edge_of_a_face_that_was_cut_off_is_no_text_to_the_second_pass(data,
 
 @pytest.mark.real_data
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_compressed_organs_and_their_labels_match_once_the_header_is_repaired(data, tmp_path, keys):
+def test_compressed_organs_and_their_labels_match_once_the_header_is_repaired(organ_ct, tmp_path, keys):
     from medlsdm.types import LabelClass
     from medlsdm.volumes import read_nifti
 
-    source = tmp_path / "organs"
-    source.mkdir()
-    for k, path in enumerate(sorted((data / "dicom" / "ct-organs" / "dicom").iterdir())):
-        ds = pydicom.dcmread(path)
-        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID
-        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.PatientID, ds.Modality = "1.2.3", "1.2.3.4", "ORGANS-1", "CT"
-        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{k + 1}"
-        ds.save_as(source / path.name)
-    shutil.copy(data / "dicom" / "ct-organs" / "labels.nii.gz", source.parent / "organs" / "labels.nii.gz")
-    values = np.unique(read_nifti(source / "labels.nii.gz")[0])
+    values = np.unique(read_nifti(organ_ct / "labels.nii.gz")[0])
     organs = LabelSchema("organs", tuple(LabelClass(int(v), f"organ {v}") for v in sorted({0, *values.tolist()})))
-    report = deidentify(source, tmp_path / "out", keys, schema=organs)
+    report = deidentify(organ_ct, tmp_path / "out", keys, schema=organs)
     assert report.held == ()
     (pair,) = read_pairs(tmp_path / "out", organs)
     assert pair.reason == ""

@@ -22,10 +22,7 @@ from deid_tools.uids import new_uid
 from deid_tools.verify import verify_folder
 from medlsdm.errors import DataError, ResourceError
 
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 
 
 def run(study, tmp_path, keys, **options):

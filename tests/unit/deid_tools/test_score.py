@@ -12,12 +12,8 @@ from deid_tools.corners import Kind, Planter
 from deid_tools.pipeline import deidentify
 from deid_tools.score import Action, leaks_in, score
 
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 REMOVALS = (Action.TEXT_REMOVED, Action.DATE_SHIFTED, Action.UID_CHANGED)
-
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
 
 
 def images(folder: Path) -> list[Path]:

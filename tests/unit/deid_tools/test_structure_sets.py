@@ -16,12 +16,8 @@ from deid_tools.series import lps_to_ras, plan_series
 from deid_tools.verify import verify_folder
 from medlsdm.types import LabelSchema
 
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 SECRETS = ["Annegret", "QZWOLLERAU", "KLINIKUMWEST", "20110203", "MRN4477881199"]
-
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
 
 
 @pytest.fixture

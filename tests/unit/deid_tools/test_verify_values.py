@@ -18,12 +18,8 @@ from deid_tools.verify import problems_of, verify_folder
 from medlsdm.types import Geometry
 from medlsdm.volumes import write_nifti
 
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 TEXT = b"DOE^JANE"
-
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
 
 
 @pytest.fixture

@@ -21,10 +21,7 @@ from medlsdm_node.vault import EVIDENCE, EVIDENCE_PICTURES, Vault
 
 from .conftest import new_home
 
-
-@pytest.fixture(autouse=True)
-def _without_tesseract(monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+pytestmark = pytest.mark.usefixtures("without_tesseract")
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from medlsdm_node.vault import Vault
 
 
 @pytest.fixture
-def unlabelled(tmp_path, monkeypatch):
-    monkeypatch.setattr("deid_tools.pixels.shutil.which", lambda name: None)
+def unlabelled(tmp_path, without_tesseract):
     grid = Geometry(np.diag([2.0, 2.0, 4.0, 1.0]), (24, 22, 5))
     array = np.full(grid.shape, -1000.0)
     array[4:20, 4:18] = 40

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import ssl
@@ -18,10 +17,7 @@ import pydicom
 import pytest
 from pydantic import SecretStr
 
-from deid_tools.plant import write_planted_study
-from medlsdm.anatomy import generate
 from medlsdm.errors import BusyError, ConfigError, DataError, NetworkError, ResourceError, UsageError
-from medlsdm.types import Modality
 from medlsdm_node import archive as archives
 from medlsdm_node import pull as pulling
 from medlsdm_node import quarantine
@@ -33,18 +29,11 @@ from medlsdm_node.receive_settings import ReceiveSettings
 from medlsdm_node.spool import Spool
 from medlsdm_node.vault import PAIR, Vault
 
+from .conftest import content
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 PAGE = 4  # what the archive gives at most, whatever it is asked for
 TOKEN = "a-token-of-the-archive"
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory) -> list[pydicom.Dataset]:
-    """One patient's series of eight images and its DICOM SEG, full of identifiers."""
-    folder = tmp_path_factory.mktemp("study")
-    scan, labels = generate(5, Modality.MR, (16, 20, 8))
-    write_planted_study(scan.array, scan.geometry, scan.modality, labels, folder, seed=5, hospital="Northgate")
-    return [pydicom.dcmread(p) for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
 @pytest.fixture(autouse=True)
@@ -123,12 +112,6 @@ def rows(found: list[dict[str, str]]) -> bytes:
 
 def wrapped(*files: bytes) -> bytes:
     return b"".join(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + f + b"\r\n" for f in files) + b"--b--\r\n"
-
-
-def content(ds: pydicom.Dataset) -> bytes:
-    with io.BytesIO() as stream:
-        ds.save_as(stream)
-        return stream.getvalue()
 
 
 @contextmanager

@@ -11,14 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pydicom
 import pytest
 from pynetdicom import AE, build_context
 
-from deid_tools.plant import write_planted_study
-from medlsdm.anatomy import generate
 from medlsdm.errors import BusyError, ConfigError, DataError, PolicyError
-from medlsdm.types import Modality
 from medlsdm_node import quarantine
 from medlsdm_node.home import NodeHome
 from medlsdm_node.intake import Intake, expire
@@ -27,6 +23,8 @@ from medlsdm_node.receive_settings import ReceiveSettings, load_receive
 from medlsdm_node.spool import Spool
 from medlsdm_node.vault import PAIR, Vault
 
+from .conftest import changed
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:pydicom"),
     pytest.mark.filterwarnings(
@@ -34,16 +32,6 @@ pytestmark = [
     ),  # pynetdicom's sender leaves it to the collector
 ]
 RULES = {"calling": ["PACS"], "addresses": ["127.0.0.0/8"], "port": 0, "min_free_bytes": 0, "quiet_seconds": 0.01}
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory) -> list[pydicom.Dataset]:
-    """One patient's series of eight images and its DICOM SEG, full of identifiers."""
-    folder = tmp_path_factory.mktemp("study")
-    scan, labels = generate(5, Modality.MR, (16, 20, 8))
-    write_planted_study(scan.array, scan.geometry, scan.modality, labels, folder, seed=5, hospital="Northgate")
-    read = [pydicom.dcmread(p) for p in sorted(folder.rglob("*")) if p.is_file()]
-    return sorted(read, key=lambda ds: (ds.Modality, int(ds.get("InstanceNumber") or 0)))
 
 
 @contextmanager
@@ -80,12 +68,6 @@ def settle(receiver: Receiver) -> None:
     while receiver.server.active_associations:
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def changed(ds: pydicom.Dataset) -> pydicom.Dataset:
-    other = copy.deepcopy(ds)
-    other.PixelData = bytes([ds.PixelData[0] ^ 1]) + ds.PixelData[1:]
-    return other
 
 
 def test_a_study_that_is_pushed_ends_in_the_vault_and_equal_copies_change_nothing(home, study):
