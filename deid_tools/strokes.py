@@ -148,7 +148,7 @@ def words_on_dark(image: NDArray[Any], low: float, least: float) -> list[Box]:
     """
     ndimage = filters()
     marks = image > low + least
-    if np.count_nonzero(marks) < MIN_DRAWN:
+    if min(image.shape) < LEGIBLE_PIXELS or np.count_nonzero(marks) < MIN_DRAWN:
         return []
     joined, count = ndimage.label(ndimage.maximum_filter(marks.view(np.uint8), (3, 9)))
     if count > 20_000:
