@@ -154,10 +154,8 @@ def _cut(volume: Coarse, skin: Mask, dome: Dome | None, brain: LabelledBrain | N
     found = find_brain(volume, skin, dome)
     if found is not None:
         near = FaceCut(tuple((angle, limit - CLOSEST_SHARE * dome.half[1]) for angle, limit in outer))
-        cut, guard = (
-            face_cut(mask_points(found, volume.affine), scale * MARGIN_ESTIMATE_MM).joined(near),
-            "brain estimate",
-        )
+        cut = face_cut(mask_points(found, volume.affine), scale * MARGIN_ESTIMATE_MM).joined(near)
+        guard = "brain estimate"
     return (cut.joined(known), f"{guard} and labels") if known is not None else (cut, guard)
 
 

@@ -56,7 +56,6 @@ class HeaderCleaner:
     Attributes:
         removed: How many values were removed because they could not be read, by kind.
         wrote: What the last result holds that also stands in its original, and may: cleaned words, times.
-
     """
 
     def __init__(self, keys: SiteKeys, *, schema: LabelSchema | None = None, recipe: Recipe | None = None) -> None:

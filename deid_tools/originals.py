@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deid_tools.needles import Needles, forms, printable_runs
+from deid_tools.recipes import NUMBERS
 from deid_tools.terms import TERMS
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 _TEXT = ("LO", "SH", "LT", "ST", "UT", "UC", "UR", "AE", "AS", "DT", "TM")
-_NUMBERS = ("DS", "IS", "US", "SS", "UL", "SL", "FL", "FD")
 _BINARY = ("UN", "OB", "OW", "OL", "OF", "OD", "OV")
 _RUN = re.compile(rb"[\x20-\x7e\xa0-\xff]{6,}")
 _WORD = re.compile(r"\w{6,}")
@@ -118,7 +118,7 @@ class Originals:
         text = "" if value is None else str(value).strip(" \0")
         if not text:
             return
-        if kept and (vr in _NUMBERS or (vr == "CS" and text.casefold() in _TERMS)):
+        if kept and (vr in NUMBERS or (vr == "CS" and text.casefold() in _TERMS)):
             self._kept.add(text.casefold())
         elif vr == "UI":
             if not text.startswith(_STANDARD_ROOT):

@@ -27,6 +27,7 @@ from medlsdm.types import LabelSchema
 __all__ = ["PairResult", "deidentify", "read_pairs"]
 
 
+@silence()
 def deidentify(
     source: Path,
     out: Path,
@@ -59,21 +60,6 @@ def deidentify(
     Raises:
         DataError: The source is empty, ``out`` holds something else, or was made with another key or recipe.
     """
-    with silence():
-        return _deidentify(source, out, keys, schema, recipe, policy, progress, workers, evidence)
-
-
-def _deidentify(
-    source: Path,
-    out: Path,
-    keys: SiteKeys,
-    schema: LabelSchema | None,
-    recipe: Recipe | None,
-    policy: PixelPolicy | None,
-    progress: Progress | None,
-    workers: int,
-    evidence: EvidenceFolder | None,
-) -> DeidReport:
     existing_folder(source, "The source folder")
     check_output(source, out)
     policy = policy or PixelPolicy()

@@ -302,7 +302,6 @@ class TextSearch:
     def found(self) -> dict[tuple[int, ...], list[Box]]:
         """Return the boxes with text by size of frame: declared, fixed in all frames, drawn, or read.
 
-
         Raises:
             Refusal: The search itself failed.
         """
