@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from medlsdm.errors import ConfigError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+_PIXELS = 0x7FE00010
 DUMMY_DATE, DUMMY_TIME = "19000101", "000000"
 METHODS = {"basic": "medlsdm basic; PS3.15 basic profile"}
 METHOD = "medlsdm allow-list; PS3.15 basic profile"
@@ -151,6 +153,8 @@ def add_stamp(ds: Dataset, code: str) -> None:
 def save_clean(ds: Dataset, path: Path) -> None:
     """Write a dataset as explicit little endian with a zero preamble and a file meta built from nothing."""
     from pydicom.dataset import FileMetaDataset
+    from pydicom.filebase import DicomIO
+    from pydicom.filewriter import write_dataset, write_file_meta_info
     from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, ExplicitVRLittleEndian
 
     meta = FileMetaDataset()
@@ -158,7 +162,15 @@ def save_clean(ds: Dataset, path: Path) -> None:
     meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
-    ds.file_meta = meta
-    ds.preamble = b"\0" * 128
+    pixels = ds.get(_PIXELS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ds.save_as(path, enforce_file_format=True, overwrite=False)
+    with path.open("xb") as file:
+        header = DicomIO(file)
+        header.is_little_endian, header.is_implicit_VR = True, False
+        header.write(b"\0" * 128 + b"DICM")
+        write_file_meta_info(header, meta)
+        write_dataset(header, ds[:_PIXELS])
+        if pixels is not None:  # by themselves: the library would copy them four times
+            head = _PIXELS >> 16, _PIXELS & 0xFFFF, pixels.VR.encode(), 0, len(pixels.value)
+            file.write(struct.pack("<HH2sHL", *head))
+            file.write(pixels.value)

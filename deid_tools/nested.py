@@ -53,13 +53,13 @@ def segment_words(ds: Dataset) -> Iterator[str]:
     """Yield the names, codes and terms that a rebuilt object states: all are the dictionary's or the schema's."""
     yield PRIVATE_SCHEME
     for element in ds:
-        if element.keyword in ("SegmentLabel", "CodeValue", "CodeMeaning"):
-            yield str(element.value)
-        elif element.VR == "CS":
+        if element.VR == "CS":
             yield from as_text(element.value).split("\\")
         elif element.VR == "SQ":
             for item in element.value:
                 yield from segment_words(item)
+        elif element.VR in ("LO", "SH") and element.keyword in ("SegmentLabel", "CodeValue", "CodeMeaning"):
+            yield str(element.value)
 
 
 def code_of(item: Dataset, keyword: str) -> tuple[str, str]:
