@@ -63,7 +63,7 @@ def _key(content: NDArray[np.uint8]) -> NDArray[np.int32]:
     return seven[:-2] | (seven[1:-1] << 7) | (seven[2:] << 14)
 
 
-def printable_runs(content: bytes, shortest: int = 6) -> bytes:
+def printable_runs(content: bytes | memoryview, shortest: int = 6) -> bytes:
     """Return the stretches of printable ASCII in binary content, one-byte and two-byte, in lower case, one a line."""
     pairs = np.frombuffer(content, "<u2", count=len(content) // 2)
     views: list[NDArray[np.unsignedinteger]] = [pairs]

@@ -43,7 +43,7 @@ class Originals:
         self._kept: set[str] = set()
         self._own: set[str] = set()
         self._harmless = {h.casefold() for h in harmless if h}
-        self._needles: tuple[Needles, frozenset[bytes]] | None = None
+        self._needles: tuple[Needles, frozenset[bytes], list[bytes]] | None = None
 
     def __repr__(self) -> str:
         return "Originals(private)"
@@ -142,8 +142,8 @@ class Originals:
     def _bytes(self, content: bytes) -> None:
         self._runs.update(run.strip() for run in _RUN.findall(content))
 
-    def _compiled(self) -> tuple[Needles, frozenset[bytes]]:
-        """Return all strings as they may stand in bytes, and those of them that count in the middle of a word too."""
+    def _compiled(self) -> tuple[Needles, frozenset[bytes], list[bytes]]:
+        """Return all strings as they may stand in bytes, those of them that count inside a word, and what may stand."""
         if self._needles is None:
             needles, anywhere = set[bytes](), set[bytes]()
             kept = self._kept - self._own  # a patient's own number is sought even where a kept number is the same
@@ -155,21 +155,21 @@ class Originals:
                     anywhere |= found
             allowed = {text.encode("utf-8", "replace") for text in kept | self._harmless}
             needles |= {run.lower() for run in self._runs if len(set(run)) > 1} - allowed
-            self._needles = Needles(needles), frozenset(anywhere)
+            phrases = sorted(self._harmless, key=len, reverse=True)
+            self._needles = Needles(needles), frozenset(anywhere), [p.encode("utf-8", "replace") for p in phrases]
         return self._needles
 
-    def found_in(self, header: bytes, pixels: bytes = b"") -> bool:
+    def found_in(self, header: bytes, pixels: bytes | memoryview = b"") -> bool:
         """Tell whether one of the strings stands in what was written, in one-byte encodings, UTF-8 or UTF-16.
 
         Args:
             header: All bytes outside the pixels; searched for every string.
             pixels: Searched for strings of six characters or more.
         """
-        needles, anywhere = self._compiled()
+        needles, anywhere, allowed = self._compiled()
         own = {digits.encode() for digits in self._own}
         text = header.lower()
-        for phrase in sorted(self._harmless, key=len, reverse=True):
-            written = phrase.encode("utf-8", "replace")
+        for written in allowed:
             text = text.replace(written, b"\1" * len(written))
         for form in (text, text.replace(b"\0", b"")) if b"\0" in text else (text,):
             for place, needle in needles.find(form):
