@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deid_tools.silence import no_core_dump
 from medlsdm.terminal import print_json, run
 from medlsdm_node.cli_evidence import kept
 from medlsdm_node.cli_options import Home, Json, open_home
@@ -35,6 +36,11 @@ def _settings(site: str, project: str, schema: str, threads: int) -> Any:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _end_cleanly() -> None:
+    """Have SIGTERM end the command as Ctrl-C does: what lies in clear or half-written goes with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _bar(description: str) -> Any:
@@ -79,6 +85,7 @@ def ingest(
     """De-identify a folder of DICOM and keep scans with their label maps in the vault."""
     from medlsdm_node.ingest import ingest as take
 
+    _end_cleanly()
     opened = open_home(home)
     bar, text = _bar("reading")
     with bar:
@@ -137,6 +144,7 @@ def held_show(
     """Show one item: its reason, its series by pseudonym, and where its files lie on this machine."""
     from medlsdm_node.quarantine import show
 
+    _end_cleanly()
     found = show(open_home(home), item, identify=identify)
     if as_json:
         print_json(found)
@@ -153,6 +161,7 @@ def held_release(item: Item, home: Home = None, as_json: Json = False) -> None:
     """Run the pipeline again on what an item belongs to; no check is waived."""
     from medlsdm_node.quarantine import release
 
+    _end_cleanly()
     found = release(open_home(home), item)
     if as_json:
         print_json(found)
@@ -217,7 +226,7 @@ def pull(
     wanted = Selection((*(study or ()), *(read_studies(studies) if studies else ())), modality, date)
     wanted.check()
     archive = Archive(source, read_credentials(credentials, os.environ), ca)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays half-written
+    _end_cleanly()
     bar, text = _bar("searching")
     with bar:
         task = bar.add_task(text, total=None)
@@ -284,6 +293,8 @@ def status(
         print(f"  {now['stage']} round {now.get('round')}/{now.get('rounds')}{loss}")
     print(f"  vault: {found['pairs']} scans of {found['patients']} patients, schema {found['schema']}")
     print(f"  waiting for export: {found['waiting_synthetic']}; models: {len(found['models'])}")
+    if left := found["left_in_clear"]:
+        print(f"  IN CLEAR: {left} folders that a killed run left in run/; the next ingest, receive or join wipes them")
     rules = found["deidentification"]
     if "error" in rules:
         print(f"  de-identification: {rules['error']}")
@@ -398,4 +409,5 @@ def demo(
 
 def main() -> None:
     """Run the program."""
+    no_core_dump()
     run(app, "medlsdm-node")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medlsdm.errors import BusyError, MedlsdmError, ResourceError
@@ -15,6 +13,7 @@ from medlsdm_node.deid_settings import load_deid
 from medlsdm_node.home import NodeHome
 from medlsdm_node.ingest import IngestResult, take
 from medlsdm_node.spool import Spool, StudyRecord, instance
+from medlsdm_node.working import STUDY, wipe_leftovers, working_folder
 
 if TYPE_CHECKING:
     from medlsdm_node.door import Door
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 TICK_SECONDS, AUDIT_SECONDS, RETRY_SECONDS = 1.0, 60.0, 30.0
 MAX_ATTEMPTS = 3
+INTAKE = "intake"  # held by who takes a study in, swaps its files or deletes them: each needs them to stay
 Say = Callable[[str], None]
 
 
@@ -32,14 +32,19 @@ def take_study(spool: Spool, study: str) -> IngestResult:
     the way, the study still waits.
 
     Raises:
-        BusyError: Another ingest runs in this node.
+        BusyError: Another study is being taken in, released or purged at this moment, or another ingest runs.
     """
+    with spool.home.locked(INTAKE):
+        return _take_study(spool, study)
+
+
+def _take_study(spool: Spool, study: str) -> IngestResult:
     with spool.lock():
         paths, before = spool.files(study), spool.record(study)
         before.attempts += 1
         spool.put_record(study, before)
-    with tempfile.TemporaryDirectory(dir=spool.home.run, prefix="study-") as name:
-        folder = Path(name) / "in"
+    with working_folder(spool.home, STUDY) as private:
+        folder = private / "in"
         folder.mkdir()
         spool.unseal(paths, folder)
         result = take(spool.home, folder, "received")
@@ -82,19 +87,26 @@ def forget_attempts(spool: Spool, study: str) -> None:
 
 def expire(spool: Spool, study: str, keep_hours: float) -> bool:
     """Delete the originals that are in the vault once nobody may still add to them; what is held stays."""
-    with spool.lock():
-        record = spool.record(study)
-        waits = any(instance(p.name)[0] not in record.instances for p in spool.files(study))
-        done = record.pairs and not record.series and not record.closed
-        if waits or not done or time.time() - record.taken < keep_hours * 3600:
-            return False
-        record.closed = True
-        spool.put_record(study, record)  # first: a kill in between leaves a file too many, never one too few
-        for path in spool.files(study):
-            if path.stem not in record.held:
-                path.unlink()
-        spool.prune(study)
-        return True
+    try:
+        with spool.home.locked(INTAKE), spool.lock():
+            return _expire(spool, study, keep_hours)
+    except BusyError:  # somebody works with its files: the next time
+        return False
+
+
+def _expire(spool: Spool, study: str, keep_hours: float) -> bool:
+    record = spool.record(study)
+    waits = any(instance(p.name)[0] not in record.instances for p in spool.files(study))
+    done = record.pairs and not record.series and not record.closed
+    if waits or not done or time.time() - record.taken < keep_hours * 3600:
+        return False
+    record.closed = True
+    spool.put_record(study, record)  # first: a kill in between leaves a file too many, never one too few
+    for path in spool.files(study):
+        if path.stem not in record.held:
+            path.unlink()
+    spool.prune(study)
+    return True
 
 
 @dataclass(slots=True)
@@ -193,6 +205,8 @@ def receive(home: NodeHome, say: Say) -> None:
     threading.excepthook = lambda caught: say(f"A connection ended with {caught.exc_type.__name__}.")
     with home.locked("receive"):
         spool = Spool(home)
+        if left := wipe_leftovers(home):
+            say(f"{left} folders that an earlier run left in clear when it was killed were deleted.")
         if torn := spool.recover():
             say(f"{torn} half-received files of an earlier run were deleted; they were never acknowledged.")
         doors = _doors(spool, settings)
