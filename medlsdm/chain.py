@@ -25,7 +25,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from medlsdm.checks import write_atomic
-from medlsdm.errors import IntegrityError
+from medlsdm.errors import IntegrityError, ResourceError
 
 GENESIS = "0" * 64
 _LINE, _END = b"medlsdm-chain-1\0", b"medlsdm-chain-end-1\0"
@@ -67,7 +67,12 @@ class HashChain:
         self._public = key.public_key() if key else public
 
     def append(self, event: str, **fields: Any) -> str:
-        """Add one record, fsync it, and return its hash, the new head of the chain."""
+        """Add one record, fsync it, and return its hash, the new head of the chain.
+
+        Raises:
+            ResourceError: The disk refused it; the chain is as it was, or has the record and an end that lags.
+            IntegrityError: The chain was changed or cut short.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
         with self.path.open("a+b") as stream:
@@ -82,9 +87,8 @@ class HashChain:
             record["hash"] = _line_hash(record)
             if self._key:
                 record["signature"] = self._key.sign(_LINE + bytes.fromhex(record["hash"])).hex()
-            stream.write(json.dumps(record, sort_keys=True, ensure_ascii=True).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+            line = json.dumps(record, sort_keys=True, ensure_ascii=True).encode() + b"\n"
+            _write_whole(stream.fileno(), line, self.path.name)
             if self._key:
                 self._state_end([*before, record])
         return record["hash"]
@@ -197,6 +201,21 @@ class HashChain:
         said = {"entries": len(records), "head": records[-1]["hash"], "signed_from": _first_signed(records)}
         signature = self._key.sign(_end_bytes(said)).hex()
         write_atomic(self.end, json.dumps(said | {"signature": signature}).encode() + b"\n", mode=0o600)
+
+
+def _write_whole(handle: int, line: bytes, name: str) -> None:
+    """Append a line to an open file and have the disk confirm it, or leave the file as it was: half a line ends it."""
+    before = os.fstat(handle).st_size
+    try:
+        left = memoryview(line)
+        while left:
+            left = left[os.write(handle, left) :]
+        os.fsync(handle)
+    except OSError as error:
+        os.ftruncate(handle, before)
+        raise ResourceError(
+            f"{name} could not be written ({error.strerror}).", "Check free space and permissions."
+        ) from error
 
 
 def _first_signed(records: list[dict[str, Any]]) -> int | None:
