@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deid_tools.silence import no_core_dump
+from deid_tools.silence import silence_for_good
 from medlsdm.terminal import print_json, run
 from medlsdm_node.cli_evidence import kept
 from medlsdm_node.cli_options import Home, Json, open_home
@@ -409,5 +409,5 @@ def demo(
 
 def main() -> None:
     """Run the program."""
-    no_core_dump()
+    silence_for_good()  # whoever listens: libraries quote what they warn of
     run(app, "medlsdm-node")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pydicom
 import pytest
 
 from deid_tools.plant import write_planted_study
@@ -178,6 +180,34 @@ def test_a_start_of_the_receiver_wipes_nothing_under_a_release_that_runs(home):
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+LISTENING = """
+import logging, sys
+logging.basicConfig(level=logging.DEBUG, filename=sys.argv.pop(), format="%(message)s")
+from medlsdm_node.cli import main
+main()
+"""
+
+
+def test_what_libraries_say_of_an_original_is_heard_by_nobody(home, files, tmp_path):
+    path = next(p for p in sorted(files.rglob("*")) if p.is_file())
+    spoilt = path.read_bytes()
+    uid = str(pydicom.dcmread(path, stop_before_pixels=True).SeriesInstanceUID).encode()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x").write_bytes(spoilt.replace(uid, b"Dekeloza^Anna".ljust(len(uid), b"x")))
+    spool, study = received(home, tmp_path / "in")
+    record = spool.record(study)
+    record.held = {path.stem: "a reason" for path in spool.files(study)}
+    spool.put_record(study, record)
+    (item,) = quarantine.items(home)
+    asked = ["quarantine", "show", item.id, "--identify", "--home", str(home.root), "--json", str(tmp_path / "log")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LISTENING, *asked], capture_output=True, text=True, check=False
+    )
+    assert "Dekeloza" in json.loads(done.stdout)["uids"][0]["SeriesInstanceUID"], "who asks for it sees it"
+    assert done.stderr == ""
+    assert "Dekeloza" not in (tmp_path / "log").read_text()
 
 
 def test_a_crash_writes_no_image_of_the_memory():
