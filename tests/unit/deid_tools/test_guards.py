@@ -152,13 +152,20 @@ def test_a_nifti_label_map_that_still_says_something_is_held_by_the_second_pass(
     assert list((tmp_path / "out").rglob("*.nii.gz")) == []
 
 
+COLUMNS = "level page_num block_num par_num line_num word_num left top width height conf text"
+TABLE = "printf '" + COLUMNS.replace(" ", "\\t") + "\\n'"
 BROKEN = {
     "fails": "exit 1",
     "dies": "kill -9 $$",
     "says nothing": "cat > /dev/null",
     "says something else": "cat > /dev/null; echo Tesseract 99; echo no table at all",
-    "says nonsense": "cat > /dev/null; head='level\tpage_num\tblock_num\tpar_num\tline_num\tword_num\tleft\ttop\twidth"
-    "\theight\tconf\ttext'; echo \"$head\"; printf '5\t1\t1\t1\t1\t1\ta\tb\tc\td\te\tWORD\n'",
+    "says nonsense": "read -r magic width height most; cat > /dev/null; "
+    f"{TABLE}; "
+    "printf '1\\t1\\t0\\t0\\t0\\t0\\t0\\t0\\t%s\\t%s\\t-1\\t\\n' $width $height; "
+    "printf '5\\t1\\t1\\t1\\t1\\t1\\ta\\tb\\tc\\td\\te\\tWORD\\n'",
+    "speaks of another picture": "cat > /dev/null; "
+    f"{TABLE}; "
+    "printf '1\\t1\\t0\\t0\\t0\\t0\\t0\\t0\\t10\\t10\\t-1\\t\\n'",
 }
 
 

@@ -227,6 +227,16 @@ def test_a_request_for_something_else_is_refused_at_its_head(home, rules, change
         assert door.counts() == {who: {f"request refused ({status})": 1}}
 
 
+def test_a_request_of_two_lengths_is_refused(home, study, rules):
+    with listening(home, rules) as door:
+        said = body(content(study[0]))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in ASKS.items())
+        head = f"POST /studies HTTP/1.1\r\nhost: h\r\n{lines}content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n"
+        whole = head.encode() + b"%x\r\n" % len(said) + said + b"\r\n0\r\n\r\n"
+        assert speak(door, whole).startswith(b"HTTP/1.1 400 ")
+        assert door.spool.studies() == []
+
+
 def test_only_post_is_answered(home, rules):
     with listening(home, rules) as door:
         for method in ("GET", "PUT", "DELETE", "OPTIONS"):
