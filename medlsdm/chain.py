@@ -100,6 +100,7 @@ class HashChain:
             IntegrityError: A line was changed, removed or cut short.
         """
         if not self.path.exists():
+            self._check_end([])
             return []
         with self.path.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH)

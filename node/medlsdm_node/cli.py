@@ -385,6 +385,12 @@ def audit(
         print(f"{row['time']}  {row['event']:14} {row['summary']}")
     print(f"audit log intact: {len(found['records'])} records, head {found['head'][:16]}")
     print(f"{signed_words(found['signed_from'])}; public key {found['key']}")
+    if back := found["clock_went_back"]:
+        print(f"the machine's clock went back before record {', '.join(map(str, back))}")
+    if unknown := found["evidence_not_in_log"]:
+        print(
+            f"{unknown} records of evidence are NOT in the log: it is an older copy, or an ingest was killed at its end"
+        )
     print(f"privacy ledger intact: {found['ledger']['charges']} charges, epsilon {found['ledger']['epsilon']}")
     if found["receipt"]:
         print(f"receipt {found['receipt']['id']} is right: {found['receipt']['files']} files unchanged")
