@@ -122,13 +122,25 @@ class Intake:
     counted: float = 0.0
     later: dict[str, float] = field(default_factory=dict)
     quiet: dict[str, float] = field(default_factory=dict)
+    uncounted: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    refused: bool = False
 
     def run(self) -> None:
         """Go on until ``stopping``."""
         while not self.stopping:
-            self.tick()
+            self._unless_refused(self.tick)
             time.sleep(TICK_SECONDS)
-        self.count()
+        self._unless_refused(self.count)
+
+    def _unless_refused(self, act: Callable[[], None]) -> None:
+        """Go on where the disk refuses to be written: the doors stay open, and say so to who sends."""
+        try:
+            act()
+            self.refused = False
+        except (ResourceError, OSError) as error:
+            if not self.refused:
+                self.say(f"Nothing is taken in: {error if isinstance(error, MedlsdmError) else 'the disk refuses.'}")
+            self.refused = True
 
     def tick(self) -> None:
         """Look once; at a study in which nothing changed only once a minute."""
@@ -156,6 +168,7 @@ class Intake:
     def take(self, study: str) -> None:
         """Take one study in; one that fails is held, so that it stops no other."""
         attempts = self.spool.record(study).attempts
+        self.later[study] = time.monotonic() + RETRY_SECONDS
         try:
             if attempts >= MAX_ATTEMPTS:
                 hold_study(self.spool, study, f"the node was stopped {attempts} times while it was taken in")
@@ -163,7 +176,6 @@ class Intake:
             result = take_study(self.spool, study)
             self.say(f"Took in a study: {result.pairs} scans, {len(result.rows)} files or series held.")
         except (BusyError, ResourceError, OSError) as error:
-            self.later[study] = time.monotonic() + RETRY_SECONDS
             forget_attempts(self.spool, study)  # they count what stopped the node, not what made it wait
             self.say(f"A study waits: {error if isinstance(error, MedlsdmError) else 'the disk refused its files.'}")
         except MedlsdmError as error:
@@ -176,13 +188,13 @@ class Intake:
     def count(self) -> None:
         """Write what happened at the doors into the audit log: counts and AE titles of receive.yaml, nothing else."""
         self.counted = time.monotonic()
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
         for door in self.doors:
             for caller, row in door.counts().items():
-                counts[caller].update(row)
-        if counts:
-            self.home.audit.append("received", counts={caller: dict(row) for caller, row in counts.items()})
-            total = sum(counts.values(), Counter[str]())
+                self.uncounted[caller].update(row)
+        if self.uncounted:
+            self.home.audit.append("received", counts={caller: dict(row) for caller, row in self.uncounted.items()})
+            total = sum(self.uncounted.values(), Counter[str]())
+            self.uncounted.clear()  # only now: what the disk refused is written the next time
             self.say("; ".join(f"{number} x {what}" for what, number in total.items()))
 
 

@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medlsdm.chain import GENESIS, ChainState, HashChain
-from medlsdm.errors import IntegrityError
+from medlsdm.errors import IntegrityError, ResourceError
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -144,6 +144,21 @@ def test_a_disk_that_fills_up_leaves_no_half_line_and_the_log_goes_on(chain):
         *(["audit.jsonl could not be written (File too large).", "True"] * 4),
         str(LINES + 1),
     ]
+
+
+def test_a_record_whose_end_cannot_be_stated_is_not_there(chain, monkeypatch):
+    before = chain.path.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise ResourceError("audit.end could not be written (No space left on device).")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("medlsdm.chain.write_atomic", full)
+        with pytest.raises(ResourceError):
+            chain.append("more")
+    assert chain.path.read_bytes() == before
+    chain.append("more")
+    assert chain.verify().entries == LINES + 1
 
 
 def test_a_log_of_an_earlier_version_is_unsigned_until_the_first_new_line(tmp_path):

@@ -17,7 +17,7 @@ from pynetdicom import AE, build_context
 
 from deid_tools.plant import write_planted_study
 from medlsdm.anatomy import generate
-from medlsdm.errors import BusyError, ConfigError, DataError, PolicyError
+from medlsdm.errors import BusyError, ConfigError, DataError, PolicyError, ResourceError
 from medlsdm.types import Modality
 from medlsdm_node import quarantine
 from medlsdm_node.home import NodeHome
@@ -370,6 +370,35 @@ def test_a_damaged_file_in_the_spool_is_held_with_its_study(home, study):
         (item,) = quarantine.items(home)
         assert "changed or damaged" in item.reason
         assert len(item.paths) == 9
+
+
+def test_a_disk_that_refuses_everything_closes_no_door_and_loses_no_count(home, study, monkeypatch):
+    said: list[str] = []
+    with listening(home) as receiver:
+        assert push(receiver, study) == [SUCCESS] * 9
+        settle(receiver)
+        watch = Intake(home, receiver.spool, (receiver,), receiver.settings, said.append)
+
+        def full(*_: object, **__: object) -> None:
+            raise ResourceError("x could not be written (No space left on device).")
+
+        with monkeypatch.context() as patched:
+            for module in ("medlsdm.chain", "medlsdm_node.vault"):
+                patched.setattr(f"{module}.write_atomic", full)
+            patched.setattr("medlsdm_node.intake.TICK_SECONDS", 0.01)
+            thread = threading.Thread(target=watch.run)
+            thread.start()
+            time.sleep(0.5)
+            assert thread.is_alive()
+            watch.stopping = True
+            thread.join()
+        assert len([line for line in said if "No space left" in line]) == 1
+        assert "received" not in {r["event"] for r in home.audit.records()}
+        watch.later.clear()
+        watch.tick()
+        assert len(Vault(home).names(PAIR)) == 1
+    counts = [r["fields"]["counts"] for r in home.audit.records() if r["event"] == "received"]
+    assert counts == [{"PACS": {"stored": 9}}]
 
 
 def test_while_somebody_ingests_the_study_waits(home, study):
