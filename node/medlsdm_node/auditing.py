@@ -14,6 +14,7 @@ from medlsdm.errors import DataError, IntegrityError
 from medlsdm.federation.identity import public_hex
 from medlsdm_node import evidence
 from medlsdm_node.home import NodeHome
+from medlsdm_node.vault import PAIR, Vault
 
 _RESTORE = "Restore it from a good copy."
 
@@ -58,10 +59,21 @@ def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
         "head": state.head,
         "signed_from": state.signed_from,
         "clock_went_back": [b["n"] for a, b in pairwise(records) if b["time"] < a["time"]],
-        "evidence_not_in_log": sum(not record.in_log for record in evidence.records(home)),
+        **_unknown(home),
         "key": public_hex(home.identity),
         "ledger": {"charges": spent.charges, "epsilon": epsilon, "statement": spent.statement},
         "receipt": receipt,
+    }
+
+
+def _unknown(home: NodeHome) -> dict[str, int]:
+    """Count what the vault holds and the log does not know: the log is an older copy, or an ingest was killed."""
+    kept = evidence.records(home)
+    known = {row["token"] for record in kept if record.in_log for row in record.document["series"]}
+    pairs = ("/".join(name.split(".")[:2]) for name in Vault(home).names(PAIR))
+    return {
+        "evidence_not_in_log": sum(not record.in_log for record in kept),
+        "pairs_not_in_log": sum(token not in known for token in pairs),
     }
 
 

@@ -387,10 +387,11 @@ def audit(
     print(f"{signed_words(found['signed_from'])}; public key {found['key']}")
     if back := found["clock_went_back"]:
         print(f"the machine's clock went back before record {', '.join(map(str, back))}")
-    if unknown := found["evidence_not_in_log"]:
+    if (unknown := found["evidence_not_in_log"]) or found["pairs_not_in_log"]:
         print(
-            f"{unknown} records of evidence are NOT in the log: it is an older copy, or an ingest was killed at its end"
+            f"NOT in the log: {unknown} records of evidence and {found['pairs_not_in_log']} scans that the vault holds;"
         )
+        print("  the log is an older copy, or an ingest was killed before its entry: ingest that folder again")
     print(f"privacy ledger intact: {found['ledger']['charges']} charges, epsilon {found['ledger']['epsilon']}")
     if found["receipt"]:
         print(f"receipt {found['receipt']['id']} is right: {found['receipt']['files']} files unchanged")

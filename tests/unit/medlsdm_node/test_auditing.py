@@ -119,18 +119,21 @@ def test_a_log_that_is_gone_is_noticed_with_its_end_or_without(home):
         check(home, None)
 
 
-def test_evidence_that_an_older_log_does_not_know_and_a_clock_that_went_back_are_said(home, monkeypatch):
+def test_evidence_that_an_older_log_does_not_know_and_a_clock_that_went_back_are_said(home, vault, pair, monkeypatch):
     log, end = home.root / "audit.jsonl", home.root / "audit.end"
     before = log.read_bytes(), end.read_bytes()
-    document = {"patient": "P", "study": "S", "series": []}
+    document = {"patient": "P", "study": "S", "series": [{"token": "P-0/S-0"}]}
     study = StudyEvidence("P", "S", document)
+    vault.put_pair("P-0.S-0", *pair)
+    assert check(home, None)["pairs_not_in_log"] == 1
     digests = evidence.keep(home, [study], evidence.Outcome({}, {}, "folder", "d"))
     home.audit.append("ingest", evidence=digests)
     found = check(home, None)
-    assert (found["evidence_not_in_log"], found["clock_went_back"]) == (0, [])
+    assert (found["evidence_not_in_log"], found["pairs_not_in_log"], found["clock_went_back"]) == (0, 0, [])
     log.write_bytes(before[0])
     end.write_bytes(before[1])
-    assert check(home, None)["evidence_not_in_log"] == 1
+    found = check(home, None)
+    assert (found["evidence_not_in_log"], found["pairs_not_in_log"]) == (1, 1)
 
     class Back(datetime):
         @classmethod
