@@ -272,6 +272,16 @@ def test_a_search_that_is_answered_with_nonsense_ends_in_one_line(ready, study, 
             run(ready, server, Selection(modality="MR"))
 
 
+@pytest.mark.parametrize("said", ["../../../admin", "1.2/../3", "1.2?x", "1..2", "1" * 65, ""])
+def test_what_is_no_uid_becomes_no_address(ready, study, uid, said):
+    page = rows([{"0020000E": "1.2.5", "00080018": said}])
+    with serving(study) as server:
+        server.answer = lambda path: (200, "application/json", page) if path.endswith("/instances") else None
+        with pytest.raises(DataError, match="no UID"):
+            run(ready, server, Selection((uid,)))
+        assert not [path for path in server.asked if "/series/" in path]
+
+
 def test_an_endless_answer_is_cut(ready, study, monkeypatch):
     monkeypatch.setattr(archives, "MAX_SEARCH_BYTES", 10_000)
     with serving(study) as server:

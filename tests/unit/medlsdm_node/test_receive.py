@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import socket
 import struct
 import threading
@@ -147,6 +148,42 @@ def test_an_address_mapped_into_ipv6_is_the_same_address():
     assert settings.allows("fe80::1%eth0")
     assert not settings.allows("10.1.5.7")
     assert not settings.allows("::ffff:10.1.5.7")
+
+
+def test_a_differing_instance_of_a_study_whose_originals_are_gone_never_stands_in_for_the_whole(home, study):
+    with listening(home) as receiver:
+        push(receiver, [*study, changed(study[2])])
+        settle(receiver)
+        intake(home, receiver).tick()
+        (name,) = receiver.spool.studies()
+        assert expire(receiver.spool, name, 0.0)
+        pair = {p: p.read_bytes() for p in (home.vault / "pair").iterdir()}
+        (item,) = quarantine.items(home)
+        with pytest.raises(PolicyError, match="cannot be released"):
+            quarantine.release(home, item.id)
+        assert receiver.spool.files(name) == []
+        assert {p: p.read_bytes() for p in (home.vault / "pair").iterdir()} == pair
+
+
+def test_whoever_listens_to_the_library_hears_nothing_of_a_patient(home, study, caplog):
+    for name in ("pynetdicom", *(n for n in logging.Logger.manager.loggerDict if n.startswith("pynetdicom."))):
+        logging.getLogger(name).disabled = False
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    with caplog.at_level(logging.DEBUG), listening(home) as receiver:
+        assert push(receiver, study[:2]) == [SUCCESS] * 2
+        settle(receiver)
+    assert [record.name for record in caplog.records if record.name.startswith("pynetdicom")] == []
+
+
+def test_a_pdu_without_an_end_is_not_gathered(home):
+    with listening(home) as receiver, socket.create_connection(("127.0.0.1", receiver.port)) as rude:
+        sent = 0
+        with suppress(OSError):
+            rude.sendall(b"\x01\x00\xff\xff\xff\xff")
+            while sent < 64 << 20:
+                rude.sendall(bytes(1 << 16))
+                sent += 1 << 16
+        assert sent < 32 << 20, "it took whatever came"
 
 
 def test_echo(home):

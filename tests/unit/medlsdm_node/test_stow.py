@@ -39,6 +39,7 @@ from medlsdm_node.receive_settings import ReceiveSettings, WebSettings, load_rec
 from medlsdm_node.spool import KIND, Spool
 from medlsdm_node.stow import WebDoor
 from medlsdm_node.vault import PAIR, Vault
+from medlsdm_node.web_server import MIN_BYTES_PER_SECOND, Pace
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 TOKEN = "0123456789abcdef0123"
@@ -225,6 +226,17 @@ def test_a_request_for_something_else_is_refused_at_its_head(home, rules, change
         assert speak(door, said.encode()).startswith(f"HTTP/1.1 {status} ".encode())
         who = "unknown" if status in (400, 431, 501) else "DICOMweb"  # of those we never came to know who it is
         assert door.counts() == {who: {f"request refused ({status})": 1}}
+
+
+def test_patience_grows_with_what_came_and_ends():
+    pace = Pace(10.0)
+    pace.note(9.0, 0)
+    assert pace.patience() == pytest.approx(1.0)
+    pace.note(0.0, 5 * MIN_BYTES_PER_SECOND)
+    assert pace.patience() == pytest.approx(6.0)
+    pace.note(6.0, 0)
+    with pytest.raises(TimeoutError):
+        pace.patience()
 
 
 def test_a_request_of_two_lengths_is_refused(home, study, rules):
