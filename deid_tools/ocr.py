@@ -23,6 +23,7 @@ _LINE_CONFIDENCE = 20
 _BRIGHT_TAIL = 0.4
 _ACCEPTED = ((5, 80, 0.0, 0.0), (4, 45, 0.75, 0.0), (3, 45, 0.9, 0.9), (6, 0, 0.9, 0.9))
 """Letters, confidence in percent, sharpness and contrast that a word must have, in any of these ways."""
+_HEADER = "level\tpage_num\tblock_num\tpar_num\tline_num\tword_num\tleft\ttop\twidth\theight\tconf\ttext"
 
 Box = tuple[int, int, int, int]
 """Top, left, bottom, right in pixels; bottom and right are outside."""
@@ -169,9 +170,13 @@ def _read(program: str, picture: NDArray[np.uint8]) -> list[Word]:
         )
     except (subprocess.SubprocessError, OSError):
         raise Refusal("the search for burned-in text failed") from None
+    head, *lines = answer.stdout.decode("utf-8", "replace").splitlines() or [""]
+    rows = [line.split("\t") for line in lines]
+    page = [str(picture.shape[1]), str(picture.shape[0])]
+    if head != _HEADER or not any(row[0] == "1" and row[8:10] == page for row in rows):
+        raise Refusal("the search for burned-in text failed")  # no table of this picture: silence is not "no text"
     words = []
-    for line in answer.stdout.decode("utf-8", "replace").splitlines()[1:]:
-        row = line.split("\t")
+    for row in rows:
         if len(row) != 12 or not row[11].strip():
             continue
         left, top, width, height = (int(v) for v in row[6:10])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from medlsdm.checks import write_atomic
 
 
 def encode_png(grey: NDArray[np.uint8]) -> bytes:
@@ -23,7 +24,12 @@ def encode_png(grey: NDArray[np.uint8]) -> bytes:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only the owner may read, in a folder that only the owner may enter."""
+    """Write a file that only the owner may read, in a folder that only the owner may enter; whole, or not at all.
+
+    A link of its name is replaced and not followed.
+
+    Raises:
+        ResourceError: The disk refused it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-        stream.write(content)
+    write_atomic(path, content, mode=0o600)

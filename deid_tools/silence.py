@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TALKATIVE = ("pydicom", "deid", "highdicom", "nibabel", "nibabel.global", "PIL")
+_TALKATIVE = ("pydicom", "deid", "highdicom", "nibabel", "nibabel.global", "PIL", "pylibjpeg")
 _NEVER = logging.CRITICAL + 1
 
 
@@ -16,16 +16,23 @@ _NEVER = logging.CRITICAL + 1
 def silence() -> Iterator[None]:
     """Hold back warnings and log records of the libraries that read files, whoever listens."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(_NEVER)
+    before = [(logger.level, logger.disabled) for logger in loggers]
+    _silence(loggers)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, (level, disabled) in zip(loggers, before, strict=True):
             logger.setLevel(level)
+            logger.disabled = disabled
+
+
+def _silence(loggers: list[logging.Logger]) -> None:
+    """Shut loggers, and those below them: pydicom sets its level anew when it is imported, which may be later."""
+    for logger in loggers:
+        logger.setLevel(_NEVER)
+        logger.disabled = True
 
 
 def no_core_dump() -> None:
@@ -36,6 +43,5 @@ def no_core_dump() -> None:
 def silence_for_good() -> None:
     """Do the same until this process ends, and leave no image of its memory behind if it crashes."""
     no_core_dump()
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(_NEVER)
+    _silence([logging.getLogger(name) for name in _TALKATIVE])
     warnings.simplefilter("ignore")

@@ -25,7 +25,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from medlsdm.checks import write_atomic
-from medlsdm.errors import IntegrityError
+from medlsdm.errors import IntegrityError, ResourceError
 
 GENESIS = "0" * 64
 _LINE, _END = b"medlsdm-chain-1\0", b"medlsdm-chain-end-1\0"
@@ -67,7 +67,12 @@ class HashChain:
         self._public = key.public_key() if key else public
 
     def append(self, event: str, **fields: Any) -> str:
-        """Add one record, fsync it, and return its hash, the new head of the chain."""
+        """Add one record, fsync it, and return its hash, the new head of the chain.
+
+        Raises:
+            ResourceError: The disk refused it; the chain is as it was.
+            IntegrityError: The chain was changed or cut short.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
         with self.path.open("a+b") as stream:
@@ -82,11 +87,14 @@ class HashChain:
             record["hash"] = _line_hash(record)
             if self._key:
                 record["signature"] = self._key.sign(_LINE + bytes.fromhex(record["hash"])).hex()
-            stream.write(json.dumps(record, sort_keys=True, ensure_ascii=True).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-            if self._key:
+            line = json.dumps(record, sort_keys=True, ensure_ascii=True).encode() + b"\n"
+            size = os.fstat(stream.fileno()).st_size
+            _write_whole(stream.fileno(), line, self.path.name)
+            try:
                 self._state_end([*before, record])
+            except ResourceError:  # the end is as it was, and so shall the log be: who appends tries again
+                os.ftruncate(stream.fileno(), size)
+                raise
         return record["hash"]
 
     def records(self) -> list[dict[str, Any]]:
@@ -96,6 +104,7 @@ class HashChain:
             IntegrityError: A line was changed, removed or cut short.
         """
         if not self.path.exists():
+            self._check_end([])
             return []
         with self.path.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH)
@@ -193,10 +202,26 @@ class HashChain:
             ) from None
 
     def _state_end(self, records: list[dict[str, Any]]) -> None:
-        assert self._key is not None
+        if self._key is None:
+            return
         said = {"entries": len(records), "head": records[-1]["hash"], "signed_from": _first_signed(records)}
         signature = self._key.sign(_end_bytes(said)).hex()
         write_atomic(self.end, json.dumps(said | {"signature": signature}).encode() + b"\n", mode=0o600)
+
+
+def _write_whole(handle: int, line: bytes, name: str) -> None:
+    """Append a line to an open file and have the disk confirm it, or leave the file as it was: half a line ends it."""
+    before = os.fstat(handle).st_size
+    try:
+        left = memoryview(line)
+        while left:
+            left = left[os.write(handle, left) :]
+        os.fsync(handle)
+    except OSError as error:
+        os.ftruncate(handle, before)
+        raise ResourceError(
+            f"{name} could not be written ({error.strerror}).", "Check free space and permissions."
+        ) from error
 
 
 def _first_signed(records: list[dict[str, Any]]) -> int | None:

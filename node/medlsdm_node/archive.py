@@ -8,6 +8,8 @@ Source: DICOM PS3.18, sections 8.3.4, 10.4 and 10.6.
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +31,9 @@ from medlsdm_node.part10 import is_uid
 from medlsdm_node.web_server import READ_BYTES, Pace
 
 CONNECT_SECONDS, READ_SECONDS = 15.0, 120.0
+SILENCE_SECONDS = 180.0  # without a byte of content, whatever else comes: interim answers, headers, trailers
+SEARCH_ATTEMPTS, PAUSE_SECONDS = 3, 0.5
+BUSY = (429, 502, 503, 504)
 PAGE = 200
 MAX_SEARCH_BYTES = 64 << 20  # one page of an answer in JSON
 MAX_ROWS = 1_000_000
@@ -155,8 +160,7 @@ class Archive:
         seen: set[tuple[str, ...]] = set()
         offset = 0
         while offset < MAX_ROWS:
-            with _told():
-                page = search(limit=PAGE, offset=offset, **wanted)
+            page = _searched(lambda at=offset: search(limit=PAGE, offset=at, **wanted))
             if not isinstance(page, list):
                 raise DataError("The archive's answer is not a list.", "Check --from.")
             found = dict.fromkeys(_uids(row, tags) for row in page)
@@ -208,24 +212,74 @@ def _uids(row: Any, tags: tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
+def _searched(search: Callable[[], Any]) -> Any:
+    """Search, again after a moment where the archive is busy: urllib3 would read that answer, which may have no end."""
+    for attempt in range(SEARCH_ATTEMPTS):
+        try:
+            with _told():
+                return search()
+        except _BusyArchive:
+            if attempt + 1 == SEARCH_ATTEMPTS:
+                raise
+            time.sleep(PAUSE_SECONDS * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+class _BusyArchive(NetworkError):
+    """Say that the archive asks to come again."""
+
+
+class _Silent(Exception):
+    """End a request that brings no content. No OSError: urllib3 would take it for a broken line, and ask again."""
+
+
+@contextmanager
+def _not_forever() -> Iterator[None]:
+    """Let a request end where no content comes for too long; in the main thread only, elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _Silent
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SILENCE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _content_came() -> None:
+    """Begin to count the silence anew, where it is counted."""
+    if threading.current_thread() is threading.main_thread() and signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, SILENCE_SECONDS)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Turn what the libraries raise, which quotes addresses and answers, into errors of our own."""
     try:
-        yield
+        with _not_forever():
+            yield
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
             raise NetworkError("The archive does not accept us.", "Check the credentials.") from None
-        raise NetworkError(f"The archive answered with status {status}.", "Check --from, or try again.") from None
+        kind = _BusyArchive if status in BUSY else NetworkError
+        raise kind(f"The archive answered with status {status}.", "Check --from, or try again.") from None
     except requests.exceptions.SSLError:
         raise NetworkError("The archive's certificate is not trusted.", "Give its CA by --ca FILE.") from None
     except requests.TooManyRedirects:
         raise NetworkError("The archive sends us elsewhere.", "Give the right address by --from.") from None
     except (requests.exceptions.JSONDecodeError, RecursionError):
         raise DataError("The archive's answer is not JSON.", "Check --from.") from None
-    except (requests.RequestException, TimeoutError):
+    except (requests.RequestException, TimeoutError, _Silent):
         raise NetworkError("The archive cannot be reached, or broke off.", "Try again: what is here stays.") from None
+    except ValueError:  # such as a number of five thousand digits in JSON
+        raise DataError("The archive's answer cannot be read.", "Ask who runs the archive.") from None
 
 
 class _Watched:
@@ -246,6 +300,7 @@ class _Watched:
                 pace.patience()
                 if self._limit is not None and pace.bytes > self._limit:
                     raise DataError("The archive's answer is too long.", "Ask for less, with --date for example.")
+                _content_came()
                 yield piece
                 since = time.monotonic()
         except BaseException:
@@ -266,14 +321,14 @@ def _session(credentials: Credentials, ca: Path | None) -> requests.Session:
     if credentials.certificate:
         key = credentials.key or credentials.certificate
         session.cert = (str(credentials.certificate), str(key))
-    retry = Retry(
-        3, redirect=False, status_forcelist=(429, 502, 503, 504), backoff_factor=0.5, raise_on_status=False,
-        respect_retry_after_header=False,
-    )  # fmt: skip
+    retry = Retry(3, redirect=False, status=0, backoff_factor=0.5, respect_retry_after_header=False)
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))
 
     def watch(answer: requests.Response, *_: Any, **__: Any) -> None:
+        if answer.is_redirect:  # requests would read its content, which has no limit, before it refuses
+            answer.close()
+            raise requests.TooManyRedirects
         wants_json = "json" in str(answer.request.headers.get("accept", ""))
         answer.raw = _Watched(answer.raw, MAX_SEARCH_BYTES if wants_json else None)
 

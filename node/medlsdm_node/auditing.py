@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from medlsdm.chain import HashChain
 from medlsdm.errors import DataError, IntegrityError
 from medlsdm.federation.identity import public_hex
+from medlsdm_node import evidence
 from medlsdm_node.home import NodeHome
+from medlsdm_node.vault import PAIR, Vault
+
+_RESTORE = "Restore it from a good copy."
 
 
 def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
@@ -26,6 +31,9 @@ def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
     from medlsdm.sharing.receipt import verify_receipt
 
     state, records = home.audit.verify(), home.audit.records()
+    if not records:
+        raise IntegrityError("The audit log is gone: a node writes its first line when it is made.", _RESTORE)
+    check_ledger(home, records)
     spent = PrivacyLedger(home.root / "ledger.jsonl").spent()
     epsilon = "infinite" if math.isinf(spent.epsilon) else round(spent.epsilon, 4)
     receipt = None
@@ -34,7 +42,7 @@ def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
         if verified.audit_head not in {r["hash"] for r in records}:
             raise IntegrityError(
                 "The audit log does not hold the entry that the receipt names: it was cut or rewritten.",
-                "Restore it from a good copy.",
+                _RESTORE,
             )
         receipt = {"id": verified.id, "site": verified.site, "files": len(verified.files)}
     return {
@@ -50,10 +58,43 @@ def check(home: NodeHome, folder: Path | None) -> dict[str, Any]:
         ],
         "head": state.head,
         "signed_from": state.signed_from,
+        "clock_went_back": [b["n"] for a, b in pairwise(records) if b["time"] < a["time"]],
+        **_unknown(home),
         "key": public_hex(home.identity),
         "ledger": {"charges": spent.charges, "epsilon": epsilon, "statement": spent.statement},
         "receipt": receipt,
     }
+
+
+def _unknown(home: NodeHome) -> dict[str, int]:
+    """Count what the vault holds and the log does not know: the log is an older copy, or an ingest was killed."""
+    kept = evidence.records(home)
+    known = {row["token"] for record in kept if record.in_log for row in record.document["series"]}
+    pairs = ("/".join(name.split(".")[:2]) for name in Vault(home).names(PAIR))
+    return {
+        "evidence_not_in_log": sum(not record.in_log for record in kept),
+        "pairs_not_in_log": sum(token not in known for token in pairs),
+    }
+
+
+def check_ledger(home: NodeHome, records: list[dict[str, Any]]) -> None:
+    """Refuse a ledger that lacks a charge of which the signed log knows: it was put back, and a budget with it.
+
+    Args:
+        home: The node.
+        records: The audit log, verified.
+
+    Raises:
+        IntegrityError: It was cut, removed or replaced by an older copy; or the ledger itself was changed.
+    """
+    charges = {record["hash"] for record in HashChain(home.root / "ledger.jsonl").records()}
+    rounds = [record["fields"] for record in records if record["event"] == "round"]
+    named = {fields["ledger"] for fields in rounds if "ledger" in fields}
+    if len(rounds) > len(charges) or named - charges:
+        raise IntegrityError(
+            "The privacy ledger lacks a charge that the audit log names: it was cut or replaced.",
+            "Restore it from a good copy; until then nothing is trained.",
+        )
 
 
 def check_log(path: Path, key: str) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from deid_tools.silence import silence_for_good
 from medlsdm.terminal import print_json, run
 from medlsdm_node.cli_evidence import kept
-from medlsdm_node.cli_options import Home, Json, open_home
+from medlsdm_node.cli_options import Home, Json, end_cleanly, open_home
 from medlsdm_node.cli_quarantine import held
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A hospital's node: scans stay, weights travel.")
@@ -81,6 +81,7 @@ def ingest(
     """De-identify a folder of DICOM and keep scans with their label maps in the vault."""
     from medlsdm_node.ingest import ingest as take
 
+    end_cleanly()
     opened = open_home(home)
     bar, text = _bar("reading")
     with bar:
@@ -131,7 +132,7 @@ def pull(
     wanted = Selection((*(study or ()), *(read_studies(studies) if studies else ())), modality, date)
     wanted.check()
     archive = Archive(source, read_credentials(credentials, os.environ), ca)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays half-written
+    end_cleanly()
     bar, text = _bar("searching")
     with bar:
         task = bar.add_task(text, total=None)
@@ -198,6 +199,8 @@ def status(
         print(f"  {now['stage']} round {now.get('round')}/{now.get('rounds')}{loss}")
     print(f"  vault: {found['pairs']} scans of {found['patients']} patients, schema {found['schema']}")
     print(f"  waiting for export: {found['waiting_synthetic']}; models: {len(found['models'])}")
+    if left := found["left_in_clear"]:
+        print(f"  IN CLEAR: {left} folders that a killed run left in run/; the next ingest, receive or join wipes them")
     rules = found["deidentification"]
     if "error" in rules:
         print(f"  de-identification: {rules['error']}")
@@ -288,6 +291,13 @@ def audit(
         print(f"{row['time']}  {row['event']:14} {row['summary']}")
     print(f"audit log intact: {len(found['records'])} records, head {found['head'][:16]}")
     print(f"{signed_words(found['signed_from'])}; public key {found['key']}")
+    if back := found["clock_went_back"]:
+        print(f"the machine's clock went back before record {', '.join(map(str, back))}")
+    if (unknown := found["evidence_not_in_log"]) or found["pairs_not_in_log"]:
+        print(
+            f"NOT in the log: {unknown} records of evidence and {found['pairs_not_in_log']} scans that the vault holds;"
+        )
+        print("  the log is an older copy, or an ingest was killed before its entry: ingest that folder again")
     print(f"privacy ledger intact: {found['ledger']['charges']} charges, epsilon {found['ledger']['epsilon']}")
     if found["receipt"]:
         print(f"receipt {found['receipt']['id']} is right: {found['receipt']['files']} files unchanged")
@@ -312,4 +322,5 @@ def demo(
 
 def main() -> None:
     """Run the program."""
+    silence_for_good()  # whoever listens: libraries quote what they warn of
     run(app, "medlsdm-node")

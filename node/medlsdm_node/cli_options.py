@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,3 +24,8 @@ def open_home(home: Path | None) -> Any:
     opened = NodeHome.default(home)
     opened.settings  # noqa: B018  # says so if there is no node
     return opened
+
+
+def end_cleanly() -> None:
+    """Have SIGTERM end the command as Ctrl-C does: what lies in clear or half-written goes with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from medlsdm.terminal import print_json
-from medlsdm_node.cli_options import Home, Json, open_home
+from medlsdm_node.cli_options import Home, Json, end_cleanly, open_home
 
 held = typer.Typer(help="Work through what was held: list (the default), show, release, purge.")
 Item = Annotated[str, typer.Argument(metavar="ID", help="An item of 'quarantine list'.")]
@@ -47,6 +47,7 @@ def held_show(
     """Show one item: its reason, its series by pseudonym, and where its files lie on this machine."""
     from medlsdm_node.quarantine import show
 
+    end_cleanly()
     found = show(open_home(home), item, identify=identify)
     if as_json:
         print_json(found)
@@ -63,6 +64,7 @@ def held_release(item: Item, home: Home = None, as_json: Json = False) -> None:
     """Run the pipeline again on what an item belongs to; no check is waived."""
     from medlsdm_node.quarantine import release
 
+    end_cleanly()
     found = release(open_home(home), item)
     if as_json:
         print_json(found)

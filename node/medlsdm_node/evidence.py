@@ -145,8 +145,15 @@ def write_report(home: NodeHome, id: str, out: Path, *, pictures: bool = True) -
     shown = _pictures(home, record) if pictures and record.document["pictures"] else {}
     page = render(record.document, shown)
     home.audit.append("evidence-report", item=record.id, pictures=len(shown), who=who())
-    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as stream:
-        stream.write(page)
+    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(page)
+            stream.flush()
+            os.fsync(handle)
+    except BaseException:  # half a page must not pass for a whole one
+        target.unlink()
+        raise
     return {"id": record.id, "out": str(target), "pictures": len(shown), "in_audit_log": record.in_log}
 
 

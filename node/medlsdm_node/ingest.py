@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from medlsdm_node.deid_settings import load_deid
 from medlsdm_node.evidence import Outcome, keep
 from medlsdm_node.home import NodeHome
 from medlsdm_node.vault import HELD, Vault
+from medlsdm_node.working import INGEST, working_folder
 
 Report = Callable[[str, int, int], None]
 
@@ -104,9 +104,9 @@ def take(
     keys = SiteKeys.derive(home.master_key, settings.project)
     rows: list[HeldRow] = []
     stored, patients, done = Counter[str](), set(), Counter[str]()
-    with home.locked("ingest"), tempfile.TemporaryDirectory(dir=home.run, prefix="ingest-") as name:
-        spool = Path(name) / "clean"
-        seen = EvidenceFolder(Path(name) / "evidence") if rules.settings.pictures else None
+    with home.locked("ingest"), working_folder(home, INGEST) as private:
+        spool = private / "clean"
+        seen = EvidenceFolder(private / "evidence") if rules.settings.pictures else None
         report = deidentify(
             source, spool, keys, schema=vault.schema, recipe=rules.recipe, policy=rules.policy(), progress=progress,
             workers=rules.settings.workers, evidence=seen,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medlsdm.errors import BusyError, MedlsdmError, ResourceError
@@ -15,6 +13,7 @@ from medlsdm_node.deid_settings import load_deid
 from medlsdm_node.home import NodeHome
 from medlsdm_node.ingest import IngestResult, take
 from medlsdm_node.spool import Spool, StudyRecord, instance
+from medlsdm_node.working import STUDY, wipe_leftovers, working_folder
 
 if TYPE_CHECKING:
     from medlsdm_node.door import Door
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 TICK_SECONDS, AUDIT_SECONDS, RETRY_SECONDS = 1.0, 60.0, 30.0
 MAX_ATTEMPTS = 3
+INTAKE = "intake"  # held by who takes a study in, swaps its files or deletes them: each needs them to stay
 Say = Callable[[str], None]
 
 
@@ -32,14 +32,19 @@ def take_study(spool: Spool, study: str) -> IngestResult:
     the way, the study still waits.
 
     Raises:
-        BusyError: Another ingest runs in this node.
+        BusyError: Another study is being taken in, released or purged at this moment, or another ingest runs.
     """
+    with spool.home.locked(INTAKE):
+        return _take_study(spool, study)
+
+
+def _take_study(spool: Spool, study: str) -> IngestResult:
     with spool.lock():
         paths, before = spool.files(study), spool.record(study)
         before.attempts += 1
         spool.put_record(study, before)
-    with tempfile.TemporaryDirectory(dir=spool.home.run, prefix="study-") as name:
-        folder = Path(name) / "in"
+    with working_folder(spool.home, STUDY) as private:
+        folder = private / "in"
         folder.mkdir()
         spool.unseal(paths, folder)
         result = take(spool.home, folder, "received")
@@ -82,19 +87,26 @@ def forget_attempts(spool: Spool, study: str) -> None:
 
 def expire(spool: Spool, study: str, keep_hours: float) -> bool:
     """Delete the originals that are in the vault once nobody may still add to them; what is held stays."""
-    with spool.lock():
-        record = spool.record(study)
-        waits = any(instance(p.name)[0] not in record.instances for p in spool.files(study))
-        done = record.pairs and not record.series and not record.closed
-        if waits or not done or time.time() - record.taken < keep_hours * 3600:
-            return False
-        record.closed = True
-        spool.put_record(study, record)  # first: a kill in between leaves a file too many, never one too few
-        for path in spool.files(study):
-            if path.stem not in record.held:
-                path.unlink()
-        spool.prune(study)
-        return True
+    try:
+        with spool.home.locked(INTAKE), spool.lock():
+            return _expire(spool, study, keep_hours)
+    except BusyError:  # somebody works with its files: the next time
+        return False
+
+
+def _expire(spool: Spool, study: str, keep_hours: float) -> bool:
+    record = spool.record(study)
+    waits = any(instance(p.name)[0] not in record.instances for p in spool.files(study))
+    done = record.pairs and not record.series and not record.closed
+    if waits or not done or time.time() - record.taken < keep_hours * 3600:
+        return False
+    record.closed = True
+    spool.put_record(study, record)  # first: a kill in between leaves a file too many, never one too few
+    for path in spool.files(study):
+        if path.stem not in record.held:
+            path.unlink()
+    spool.prune(study)
+    return True
 
 
 @dataclass(slots=True)
@@ -110,13 +122,25 @@ class Intake:
     counted: float = 0.0
     later: dict[str, float] = field(default_factory=dict)
     quiet: dict[str, float] = field(default_factory=dict)
+    uncounted: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    refused: bool = False
 
     def run(self) -> None:
         """Go on until ``stopping``."""
         while not self.stopping:
-            self.tick()
+            self._unless_refused(self.tick)
             time.sleep(TICK_SECONDS)
-        self.count()
+        self._unless_refused(self.count)
+
+    def _unless_refused(self, act: Callable[[], None]) -> None:
+        """Go on where the disk refuses to be written: the doors stay open, and say so to who sends."""
+        try:
+            act()
+            self.refused = False
+        except (ResourceError, OSError) as error:
+            if not self.refused:
+                self.say(f"Nothing is taken in: {error if isinstance(error, MedlsdmError) else 'the disk refuses.'}")
+            self.refused = True
 
     def tick(self) -> None:
         """Look once; at a study in which nothing changed only once a minute."""
@@ -144,6 +168,7 @@ class Intake:
     def take(self, study: str) -> None:
         """Take one study in; one that fails is held, so that it stops no other."""
         attempts = self.spool.record(study).attempts
+        self.later[study] = time.monotonic() + RETRY_SECONDS
         try:
             if attempts >= MAX_ATTEMPTS:
                 hold_study(self.spool, study, f"the node was stopped {attempts} times while it was taken in")
@@ -151,7 +176,6 @@ class Intake:
             result = take_study(self.spool, study)
             self.say(f"Took in a study: {result.pairs} scans, {len(result.rows)} files or series held.")
         except (BusyError, ResourceError, OSError) as error:
-            self.later[study] = time.monotonic() + RETRY_SECONDS
             forget_attempts(self.spool, study)  # they count what stopped the node, not what made it wait
             self.say(f"A study waits: {error if isinstance(error, MedlsdmError) else 'the disk refused its files.'}")
         except MedlsdmError as error:
@@ -164,13 +188,13 @@ class Intake:
     def count(self) -> None:
         """Write what happened at the doors into the audit log: counts and AE titles of receive.yaml, nothing else."""
         self.counted = time.monotonic()
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
         for door in self.doors:
             for caller, row in door.counts().items():
-                counts[caller].update(row)
-        if counts:
-            self.home.audit.append("received", counts={caller: dict(row) for caller, row in counts.items()})
-            total = sum(counts.values(), Counter[str]())
+                self.uncounted[caller].update(row)
+        if self.uncounted:
+            self.home.audit.append("received", counts={caller: dict(row) for caller, row in self.uncounted.items()})
+            total = sum(self.uncounted.values(), Counter[str]())
+            self.uncounted.clear()  # only now: what the disk refused is written the next time
             self.say("; ".join(f"{number} x {what}" for what, number in total.items()))
 
 
@@ -193,6 +217,8 @@ def receive(home: NodeHome, say: Say) -> None:
     threading.excepthook = lambda caught: say(f"A connection ended with {caught.exc_type.__name__}.")
     with home.locked("receive"):
         spool = Spool(home)
+        if left := wipe_leftovers(home):
+            say(f"{left} folders that an earlier run left in clear when it was killed were deleted.")
         if torn := spool.recover():
             say(f"{torn} half-received files of an earlier run were deleted; they were never acknowledged.")
         doors = _doors(spool, settings)

@@ -15,6 +15,7 @@ from medlsdm_node.coordinator import Coordinator, ServerAddress
 from medlsdm_node.home import NodeHome, NodeSettings
 from medlsdm_node.policy import load_policy
 from medlsdm_node.status import read_activity, write_activity
+from medlsdm_node.working import wipe_leftovers
 
 ASK_SECONDS = 2.0
 
@@ -72,6 +73,8 @@ def serve(home: NodeHome, coordinator: Coordinator, say: Callable[[str], None]) 
     from medlsdm_node.supernode import SuperNode, install_app
 
     with home.locked("join"):
+        if left := wipe_leftovers(home):
+            say(f"{left} folders that an earlier run left in clear when it was killed were deleted.")
         node = SuperNode(home, coordinator)
 
         def stop(*_: Any) -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from medlsdm_node.part10 import is_uid
 from medlsdm_node.receive_settings import ReceiveSettings, read_receive
 from medlsdm_node.spool import Spool
 from medlsdm_node.taking import Taken, Taking
+from medlsdm_node.working import wipe_leftovers
 
 ATTEMPTS, PAUSE_SECONDS = 3, 1.0
 MAX_FAILURES_IN_A_ROW = 3
@@ -144,6 +146,10 @@ def pull(home: NodeHome, archive: Archive, selection: Selection, progress: Repor
     return result
 
 
+class _Enough(Exception):
+    """Break off an instance that is refused: what follows may have no end."""
+
+
 class _Pull:
     """One run of ``pull``."""
 
@@ -154,12 +160,9 @@ class _Pull:
         self._failures = 0
 
     def recover(self) -> None:
-        """Delete what a killed run left half-fetched, and, unless ``receive`` runs, what it had in clear."""
-        try:
-            with self.home.locked("receive"):
-                self.spool.recover()
-        except BusyError:
-            self.spool.wipe_incoming()
+        """Delete what killed runs left half-fetched or in clear."""
+        wipe_leftovers(self.home)
+        self.spool.recover()
 
     def run(self, selection: Selection) -> None:
         """Go through the studies."""
@@ -217,9 +220,11 @@ class _Pull:
     def _fetch_once(self, study: str, series: str, instance: str) -> Taken:
         one = Taking(self.spool, self.settings)
         try:
-            with self.archive.fetch(study, series, instance) as pieces:
+            with suppress(_Enough), self.archive.fetch(study, series, instance) as pieces:
                 for piece in pieces:
                     self.result.bytes += one.write(piece)
+                    if one.refused:
+                        raise _Enough
             return one.finish(study, instance)
         finally:
             one.discard()

@@ -21,9 +21,10 @@ from medlsdm.errors import DataError, PolicyError, QuarantineError
 from medlsdm_node.account import who
 from medlsdm_node.home import NodeHome
 from medlsdm_node.ingest import ingest
-from medlsdm_node.intake import take_study
+from medlsdm_node.intake import INTAKE, take_study
 from medlsdm_node.spool import Outcome, Spool, instance
 from medlsdm_node.vault import HELD, Vault
+from medlsdm_node.working import STUDY, working_folder
 
 FOLDER, RECEIVED = "folder", "received"
 REASONS = {
@@ -135,7 +136,7 @@ def purge(home: NodeHome, id: str) -> dict[str, Any]:
         _forget(home, item)
         return {"item": item.id, "deleted": 0}
     spool = Spool(home)
-    with spool.lock():
+    with home.locked(INTAKE), spool.lock():
         record = spool.record(item.record)
         for path in item.paths:
             path.unlink(missing_ok=True)
@@ -218,7 +219,7 @@ def _swap(spool: Spool, item: Item) -> None:
     """Put a differing instance in the place of the one that came first, which is held instead."""
     (path,) = item.paths
     sop, digest = instance(path.name)
-    with spool.lock():
+    with spool.home.locked(INTAKE), spool.lock():
         record = spool.record(item.record)
         if record.closed:
             raise PolicyError(
@@ -236,15 +237,13 @@ def _swap(spool: Spool, item: Item) -> None:
 
 def _uids(spool: Spool, path: Path) -> dict[str, str]:
     """Read the UIDs of a sealed file, from a clear copy that lives for the moment."""
-    import tempfile
-
     from deid_tools.admit import Refusal, read_strict
 
     keywords = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
-    with tempfile.TemporaryDirectory(dir=spool.home.run, prefix="study-") as name:
-        spool.unseal([path], Path(name))
+    with working_folder(spool.home, STUDY) as folder:
+        spool.unseal([path], folder)
         try:
-            ds = read_strict(Path(name) / path.stem, headers_only=True)
+            ds = read_strict(folder / path.stem, headers_only=True)
         except Refusal:
             return dict.fromkeys(keywords, "")
         return {keyword: str(ds.get(keyword, "") or "") for keyword in keywords}

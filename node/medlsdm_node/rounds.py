@@ -14,6 +14,7 @@ from medlsdm.errors import ConfigError
 from medlsdm.federation.arrays import Arrays, check_like
 from medlsdm.federation.plan import RoundPlan, RoundReply, Stage
 from medlsdm.privacy.ledger import PrivacyLedger
+from medlsdm_node.auditing import check_ledger
 from medlsdm_node.home import NodeHome
 from medlsdm_node.policy import load_policy
 from medlsdm_node.status import write_activity
@@ -42,10 +43,11 @@ def run_round(home: NodeHome, plan: RoundPlan, arrays: Arrays) -> tuple[Arrays, 
     subjects = vault.subjects()
     policy.check_patients(len(subjects))
     ledger = PrivacyLedger(home.root / "ledger.jsonl")
+    check_ledger(home, home.audit.records())
     ledger.check(policy.max_epsilon)
     patients = hashlib.sha256("|".join(sorted(subjects)).encode() + home.derive("ledger")).hexdigest()
-    ledger.charge(run=plan.model, round=plan.round, mechanism=plan.privacy, patients_digest=patients)
-    home.audit.append("round", model=plan.model, stage=plan.stage, round=plan.round, steps=plan.steps)
+    charge = ledger.charge(run=plan.model, round=plan.round, mechanism=plan.privacy, patients_digest=patients)
+    home.audit.append("round", model=plan.model, stage=plan.stage, round=plan.round, steps=plan.steps, ledger=charge)
     started = time.monotonic()
     trainer = _stage1 if plan.stage is Stage.STAGE1 else _stage2
     trained, loss = trainer(home, vault, plan, arrays)

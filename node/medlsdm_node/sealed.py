@@ -34,7 +34,11 @@ class SealedWriter:
         salt = os.urandom(SALT_BYTES)
         self._cipher, self._count, self._pending = _cipher(key, salt), 0, bytearray()
         self._stream = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
-        self._stream.write(MAGIC + salt)
+        try:
+            self._write(MAGIC + salt)
+        except OSError:
+            self.discard()
+            raise
 
     def write(self, content: bytes) -> int:
         """Add bytes; memory holds one chunk at most."""
@@ -57,10 +61,13 @@ class SealedWriter:
         self.path.unlink(missing_ok=True)
 
     def _seal(self, chunk: bytes, *, last: bool) -> None:
-        sealed = memoryview(self._cipher.encrypt(_nonce(self._count, last=last), chunk, MAGIC))
-        while sealed:
-            sealed = sealed[self._stream.write(sealed) :]
+        self._write(self._cipher.encrypt(_nonce(self._count, last=last), chunk, MAGIC))
         self._count += 1
+
+    def _write(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[self._stream.write(left) :]
 
 
 def read_sealed(path: Path, key: bytes) -> Iterator[bytes]:

@@ -109,12 +109,6 @@ class Spool:
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def recover(self) -> int:
-        """Delete what a killed receiver left half-written, and return how many files that were."""
-        for folder in self.home.run.glob("study-*"):
-            shutil.rmtree(folder)
-        return self.wipe_incoming()
-
-    def wipe_incoming(self) -> int:
         """Delete what was half-written in this spool's own folder, and return how many files that were."""
         leftovers = list(self.incoming.iterdir())
         for path in leftovers:

@@ -47,6 +47,7 @@ def read_losses(home: NodeHome) -> list[dict[str, Any]]:
 def node_status(home: NodeHome) -> dict[str, Any]:
     """Return everything that ``status`` shows; pseudonyms and counts stay on this machine."""
     from medlsdm_node.vault import PAIR, SYNTHETIC, Vault
+    from medlsdm_node.working import leftovers
 
     settings = home.settings
     vault = Vault(home)
@@ -61,6 +62,7 @@ def node_status(home: NodeHome) -> dict[str, Any]:
         "waiting_synthetic": len(vault.names(SYNTHETIC)),
         "models": sorted(p.name for p in home.models.iterdir() if not p.name.startswith(".")),
         "activity": read_activity(home),
+        "left_in_clear": leftovers(home),
         "losses": read_losses(home),
         "audit_records": len(home.audit.records()),
         "deidentification": _deidentification(home),

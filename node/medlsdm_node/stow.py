@@ -145,6 +145,8 @@ class WebDoor(Door):
         accepted = headers.get(b"accept", b"*/*").decode("latin-1").lower().split(",")
         if not any(kind.partition(";")[0].strip() in JSON_TYPES for kind in accepted):
             return HTTPStatus.NOT_ACCEPTABLE, {}
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            return HTTPStatus.BAD_REQUEST, {}  # a proxy before us may believe the other one (RFC 9112, section 6.1)
         if headers.get(b"content-encoding", b"identity") != b"identity":
             return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, {}
         if int(headers.get(b"content-length", b"0")) > self.web.max_request_bytes:

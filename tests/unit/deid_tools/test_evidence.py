@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,9 +19,10 @@ from deid_tools.answers import AnswerKey, plant_series
 from deid_tools.evidence import EvidenceFolder, weaker
 from deid_tools.evidence_page import INSIDE, render
 from deid_tools.pipeline import deidentify
+from deid_tools.png import write_private
 from deid_tools.recipes import load_recipe
 from deid_tools.treatment import PixelPolicy
-from medlsdm.errors import DataError
+from medlsdm.errors import DataError, ResourceError
 
 from .conftest import plant
 
@@ -47,6 +51,34 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
         assert not any(name.startswith("on") for name, _ in attrs)
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Let no file grow beyond ``size`` bytes, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_shows_an_original_goes_through_no_link_and_is_whole_or_not_there(tmp_path):
+    (tmp_path / "shared").write_bytes(b"seen by all")
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    (private / "face.png").symlink_to(tmp_path / "shared")
+    (private / "open.png").write_bytes(b"older")
+    (private / "open.png").chmod(0o644)
+    for name in ("face.png", "open.png", "new.png"):
+        write_private(private / name, b"a face")
+        assert (private / name).read_bytes() == b"a face"
+        assert stat.S_IMODE((private / name).lstat().st_mode) == 0o600
+    assert (tmp_path / "shared").read_bytes() == b"seen by all"
+    with room_for(1000), pytest.raises(ResourceError):
+        write_private(private / "half.png", bytes(5000))
+    assert {p.name for p in private.iterdir()} == {"face.png", "open.png", "new.png"}
 
 
 def test_a_study_leaves_counts_a_page_and_pictures_and_nothing_of_the_original(study, tmp_path, keys):

@@ -186,6 +186,10 @@ def test_a_label_map_segmentation_of_another_writer_passes_the_pipeline(study, s
     np.testing.assert_array_equal(pair.labels.array, study.labels.array)
     (written,) = (tmp_path / "out").rglob("seg-*.dcm")
     assert b"Annegret" not in written.read_bytes()
+    ds.PixelData = bytes([77]) + ds.PixelData[1:]
+    ds.save_as(old)
+    report = deidentify(study.source, tmp_path / "again", keys, schema=schema)
+    assert report.reasons() == {"The segmentation uses a segment that it does not describe.": 1}
 
 
 def test_aliases_and_priority_are_the_sites_own_and_travel_with_its_schema():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medlsdm.chain import GENESIS, ChainState, HashChain
-from medlsdm.errors import IntegrityError
+from medlsdm.errors import IntegrityError, ResourceError
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -110,6 +112,53 @@ def test_an_end_that_is_older_than_the_log_is_fine_and_one_that_is_changed_is_no
     chain.end.write_text("[]")
     with pytest.raises(IntegrityError, match=r"audit\.end was changed"):
         chain.records()
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from medlsdm.chain import HashChain
+from medlsdm.errors import ResourceError
+
+chain = HashChain(Path(sys.argv[1]), Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+before = chain.path.read_bytes()
+for room in (0, 1, 100, 300):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, resource.RLIM_INFINITY))  # as a disk that fills up
+    try:
+        chain.append("more", note="x" * 300)
+        print("it was written")
+    except ResourceError as error:
+        print(error.message)
+    print(chain.path.read_bytes() == before)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+chain.append("more")
+print(chain.verify().entries)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_no_half_line_and_the_log_goes_on(chain):
+    done = subprocess.run([sys.executable, "-c", FULL, str(chain.path)], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.split("\n")[:-1] == [
+        *(["audit.jsonl could not be written (File too large).", "True"] * 4),
+        str(LINES + 1),
+    ]
+
+
+def test_a_record_whose_end_cannot_be_stated_is_not_there(chain, monkeypatch):
+    before = chain.path.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise ResourceError("audit.end could not be written (No space left on device).")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("medlsdm.chain.write_atomic", full)
+        with pytest.raises(ResourceError):
+            chain.append("more")
+    assert chain.path.read_bytes() == before
+    chain.append("more")
+    assert chain.verify().entries == LINES + 1
 
 
 def test_a_log_of_an_earlier_version_is_unsigned_until_the_first_new_line(tmp_path):

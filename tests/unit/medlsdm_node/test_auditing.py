@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from deid_tools.report import StudyEvidence
 from medlsdm.chain import HashChain
 from medlsdm.errors import DataError, IntegrityError
 from medlsdm.federation.identity import public_hex
+from medlsdm.privacy.ledger import PrivacyLedger
 from medlsdm.sharing.receipt import ExportReceipt
-from medlsdm_node.auditing import check, check_log, signed_words
+from medlsdm_node import evidence
+from medlsdm_node.auditing import check, check_ledger, check_log, signed_words
 
 
 def receipt(home, head: str, folder) -> None:
@@ -56,6 +62,89 @@ def test_a_log_that_does_not_hold_a_receipts_entry_was_cut(home, tmp_path):
     assert check(home, None)["signed_from"] == 0
     with pytest.raises(IntegrityError, match="cut or rewritten"):
         check(home, tmp_path / "export")
+
+
+def charge(home, round: int) -> None:
+    """Do what a round does before it trains."""
+    ledger = PrivacyLedger(home.root / "ledger.jsonl")
+    check_ledger(home, home.audit.records())
+    head = ledger.charge("model", round, "none", "d" * 64)
+    home.audit.append("round", round=round, ledger=head)
+
+
+def cut(content: bytes) -> bytes:
+    return b"".join(content.splitlines(keepends=True)[:-1])
+
+
+def rewritten(content: bytes) -> bytes:
+    """Return as many charges as there were, of a smaller epsilon, with right hashes: the ledger is not signed."""
+    with TemporaryDirectory() as name:
+        ledger = PrivacyLedger(Path(name) / "ledger.jsonl")
+        for n in range(content.count(b"\n")):
+            ledger.charge("model", n, "dp-sgd", "d" * 64, epsilon=0.1)
+        return (Path(name) / "ledger.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("change", [cut, rewritten, lambda content: b"", None])
+def test_a_ledger_that_was_put_back_stops_training_and_is_said(home, change):
+    path = home.root / "ledger.jsonl"
+    for n in range(3):
+        charge(home, n)
+    assert check(home, None)["ledger"]["epsilon"] == "infinite"
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    for act in (lambda: check(home, None), lambda: charge(home, 3)):
+        with pytest.raises(IntegrityError, match="lacks a charge"):
+            act()
+
+
+def test_a_charge_whose_round_was_killed_before_its_entry_is_no_fault(home):
+    charge(home, 0)
+    PrivacyLedger(home.root / "ledger.jsonl").charge("model", 1, "none", "d" * 64)
+    assert check(home, None)["ledger"]["charges"] == 2
+
+
+def test_a_log_that_is_gone_is_noticed_with_its_end_or_without(home):
+    log, end = home.root / "audit.jsonl", home.root / "audit.end"
+    log.unlink()
+    with pytest.raises(IntegrityError, match="cut at its end: 0 of 1"):
+        check(home, None)
+    end.unlink()
+    with pytest.raises(IntegrityError, match="is gone"):
+        check(home, None)
+    log.write_bytes(b"")
+    with pytest.raises(IntegrityError, match="is gone"):
+        check(home, None)
+
+
+def test_evidence_that_an_older_log_does_not_know_and_a_clock_that_went_back_are_said(home, vault, pair, monkeypatch):
+    log, end = home.root / "audit.jsonl", home.root / "audit.end"
+    before = log.read_bytes(), end.read_bytes()
+    document = {"patient": "P", "study": "S", "series": [{"token": "P-0/S-0"}]}
+    study = StudyEvidence("P", "S", document)
+    vault.put_pair("P-0.S-0", *pair)
+    assert check(home, None)["pairs_not_in_log"] == 1
+    digests = evidence.keep(home, [study], evidence.Outcome({}, {}, "folder", "d"))
+    home.audit.append("ingest", evidence=digests)
+    found = check(home, None)
+    assert (found["evidence_not_in_log"], found["pairs_not_in_log"], found["clock_went_back"]) == (0, 0, [])
+    log.write_bytes(before[0])
+    end.write_bytes(before[1])
+    found = check(home, None)
+    assert (found["evidence_not_in_log"], found["pairs_not_in_log"]) == (1, 1)
+
+    class Back(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2020, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr("medlsdm.chain.datetime", Back)
+    home.audit.append("while the clock is wrong")
+    monkeypatch.undo()
+    home.audit.append("later")
+    assert check(home, None)["clock_went_back"] == [1]
 
 
 def test_an_old_log_goes_on_and_says_since_when_it_is_signed(home):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import stat
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def test_a_report_never_lies_in_an_export_and_replaces_nothing(home, planted, tm
     assert len(home.audit.records()) == events
     with pytest.raises(DataError, match="no evidence 'E-0'"):
         evidence.find(home, "E-0")
+
+
+def test_half_a_report_is_not_left_when_the_disk_is_full(home, planted, tmp_path):
+    ingest(home, planted[0])
+    (record,) = evidence.records(home)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))  # as a disk that fills up
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            evidence.write_report(home, record.id, tmp_path / "page.html")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "page.html").exists()
+    evidence.write_report(home, record.id, tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 4000
 
 
 def test_another_node_cannot_open_it(home, planted, tmp_path):

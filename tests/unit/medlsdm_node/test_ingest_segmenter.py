@@ -9,6 +9,7 @@ from deid_tools.plant import write_planted_study
 from medlsdm.config import load_schema
 from medlsdm.errors import ConfigError, QuarantineError
 from medlsdm.types import Geometry, Modality, SemanticMap
+from medlsdm.volumes import write_nifti
 from medlsdm_node.home import NodeHome, NodeSettings
 from medlsdm_node.ingest import ingest
 from medlsdm_node.vault import Vault
@@ -40,6 +41,16 @@ def test_a_segmenter_labels_what_came_without_labels(unlabelled):
     np.testing.assert_array_equal(labels.array == 4, scan.array == 40)
     last = (home.root / "audit.jsonl").read_text().splitlines()[-1]
     assert "hu-thresholds" in last
+
+
+def test_no_segmenter_stands_in_for_a_label_map_that_is_held(unlabelled):
+    home, folder = unlabelled
+    grid = Geometry(np.diag([2.0, 2.0, 4.0, 1.0]), (24, 22, 5))
+    scan = np.full(grid.shape, 77, np.uint8)  # a value that the schema does not know
+    write_nifti(next(folder.rglob("*.dcm")).parent / "labels.nii.gz", scan, grid)
+    with pytest.raises(QuarantineError, match="own label map is held"):
+        ingest(home, folder, segmenter="hu-thresholds")
+    assert list(Vault(home).pairs()) == []
 
 
 def test_an_unknown_segmenter_stops_before_anything_is_read(unlabelled):

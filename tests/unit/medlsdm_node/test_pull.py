@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import socketserver
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -242,6 +243,7 @@ NONSENSE = (
     b'[{"0020000D": 1}]',
     b'[{"0020000D": {"Value": ["../x"]}}]',
     b"[" * 99_999,
+    b"[" + b"1" * 5000 + b"]",
 )
 
 
@@ -253,12 +255,89 @@ def test_a_search_that_is_answered_with_nonsense_ends_in_one_line(ready, study, 
             run(ready, server, Selection(modality="MR"))
 
 
+@pytest.mark.parametrize("said", ["../../../admin", "1.2/../3", "1.2?x", "1..2", "1" * 65, ""])
+def test_what_is_no_uid_becomes_no_address(ready, study, uid, said):
+    page = rows([{"0020000E": "1.2.5", "00080018": said}])
+    with serving(study) as server:
+        server.answer = lambda path: (200, "application/json", page) if path.endswith("/instances") else None
+        with pytest.raises(DataError, match="no UID"):
+            run(ready, server, Selection((uid,)))
+        assert not [path for path in server.asked if "/series/" in path]
+
+
 def test_an_endless_answer_is_cut(ready, study, monkeypatch):
     monkeypatch.setattr(archives, "MAX_SEARCH_BYTES", 10_000)
     with serving(study) as server:
         server.answer = lambda path: (200, "application/dicom+json", b"[" + b" " * 200_000 + b"]")
         with pytest.raises(DataError, match="too long"):
             run(ready, server, Selection(modality="MR"))
+
+
+@contextmanager
+def endless(first: bytes, piece: bytes) -> Iterator[tuple[str, list[int]]]:
+    """Answer every search with one row, and every instance with bytes that never end; yield address and bytes sent."""
+    row = rows([{"0020000E": "1.2.5", "00080018": "1.2.6"}])
+    found = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(row) + row
+    sent = [0]
+
+    class Endless(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked = self.request.recv(65536)
+            self.request.sendall(found if b"/instances?" in asked else first)
+            with suppress(OSError):
+                while b"/instances?" not in asked and sent[0] < 200 << 20:
+                    self.request.sendall(piece)
+                    sent[0] += len(piece)
+
+    class Many(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Many(("127.0.0.1", 0), Endless) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/dicom-web", sent
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("first", "piece"),
+    [
+        (b"HTTP/1.1 302 Found\r\nlocation: file:///etc/passwd\r\n\r\n", b"x" * 65536),
+        (b"HTTP/1.1 503 Busy\r\n\r\n", b"x" * 65536),
+        (b"HTTP/1.1 200 OK\r\ncontent-type: application/dicom\r\n\r\n", b"x" * 65536),
+        (b"HTTP/1.1 200 OK\r\ncontent-type: application/dicom\r\ntransfer-encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["redirect", "busy", "instance", "trailer", "interim"],
+)
+def test_an_answer_without_an_end_is_left_soon_and_fills_no_memory(home, monkeypatch, first, piece):
+    monkeypatch.setattr(archives, "SILENCE_SECONDS", 1.0)
+    (home.root / "receive.yaml").write_text("min_free_bytes: 0\nmax_instance_bytes: 1000000\n")
+    with endless(first, piece) as (url, sent):
+        archive = Archive(url, Credentials())
+        since = time.monotonic()
+        try:
+            found = pull(home, archive, Selection(("1.2.3",)), lambda *_: None, lambda *_: None)
+        finally:
+            archive.close()
+        assert found.failed + sum(found.refused.values()) == 1
+        assert time.monotonic() - since < 30
+        assert len(piece) < 100 or sent[0] < 50 << 20
+    assert list((home.root / "spool/pulling").iterdir()) == []
+
+
+def test_a_busy_archive_is_asked_again_and_one_that_stays_busy_is_said(ready, study, uid, monkeypatch):
+    monkeypatch.setattr(archives, "PAUSE_SECONDS", 0.01)
+    with serving(study) as server:
+        answers = iter([503, 429, 200])
+        server.answer = lambda path: None if next(answers, 200) == 200 else (503, "text/plain", b"DOE^JANE")
+        assert run(ready, server, Selection((uid,))).outcomes == {"stored": 9}
+        server.answer = lambda path: (503, "text/plain", b"DOE^JANE")
+        with pytest.raises(NetworkError, match="status 503"):
+            run(ready, server, Selection((uid,)))
 
 
 def test_an_archive_that_ignores_the_offset_is_read_once(ready, study, uid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import socket
 import struct
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from pynetdicom import AE, build_context
 
-from medlsdm.errors import BusyError, ConfigError, DataError, PolicyError
+from medlsdm.errors import BusyError, ConfigError, DataError, PolicyError, ResourceError
 from medlsdm_node import quarantine
 from medlsdm_node.home import NodeHome
 from medlsdm_node.intake import Intake, expire
@@ -129,6 +130,42 @@ def test_an_address_mapped_into_ipv6_is_the_same_address():
     assert settings.allows("fe80::1%eth0")
     assert not settings.allows("10.1.5.7")
     assert not settings.allows("::ffff:10.1.5.7")
+
+
+def test_a_differing_instance_of_a_study_whose_originals_are_gone_never_stands_in_for_the_whole(home, study):
+    with listening(home) as receiver:
+        push(receiver, [*study, changed(study[2])])
+        settle(receiver)
+        intake(home, receiver).tick()
+        (name,) = receiver.spool.studies()
+        assert expire(receiver.spool, name, 0.0)
+        pair = {p: p.read_bytes() for p in (home.vault / "pair").iterdir()}
+        (item,) = quarantine.items(home)
+        with pytest.raises(PolicyError, match="cannot be released"):
+            quarantine.release(home, item.id)
+        assert receiver.spool.files(name) == []
+        assert {p: p.read_bytes() for p in (home.vault / "pair").iterdir()} == pair
+
+
+def test_whoever_listens_to_the_library_hears_nothing_of_a_patient(home, study, caplog):
+    for name in ("pynetdicom", *(n for n in logging.Logger.manager.loggerDict if n.startswith("pynetdicom."))):
+        logging.getLogger(name).disabled = False
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    with caplog.at_level(logging.DEBUG), listening(home) as receiver:
+        assert push(receiver, study[:2]) == [SUCCESS] * 2
+        settle(receiver)
+    assert [record.name for record in caplog.records if record.name.startswith("pynetdicom")] == []
+
+
+def test_a_pdu_without_an_end_is_not_gathered(home):
+    with listening(home) as receiver, socket.create_connection(("127.0.0.1", receiver.port)) as rude:
+        sent = 0
+        with suppress(OSError):
+            rude.sendall(b"\x01\x00\xff\xff\xff\xff")
+            while sent < 64 << 20:
+                rude.sendall(bytes(1 << 16))
+                sent += 1 << 16
+        assert sent < 32 << 20, "it took whatever came"
 
 
 def test_echo(home):
@@ -321,10 +358,8 @@ def test_a_start_deletes_what_was_half_written(home, study):
     arrival = spool.begin()
     arrival.write(b"half")
     arrival.writer._stream.close()
-    (home.run / "study-x").mkdir()
     assert spool.recover() == 1
     assert list(spool.incoming.iterdir()) == []
-    assert not (home.run / "study-x").exists()
 
 
 def test_a_study_that_stops_the_node_again_and_again_is_held(home, study):
@@ -354,6 +389,35 @@ def test_a_damaged_file_in_the_spool_is_held_with_its_study(home, study):
         (item,) = quarantine.items(home)
         assert "changed or damaged" in item.reason
         assert len(item.paths) == 9
+
+
+def test_a_disk_that_refuses_everything_closes_no_door_and_loses_no_count(home, study, monkeypatch):
+    said: list[str] = []
+    with listening(home) as receiver:
+        assert push(receiver, study) == [SUCCESS] * 9
+        settle(receiver)
+        watch = Intake(home, receiver.spool, (receiver,), receiver.settings, said.append)
+
+        def full(*_: object, **__: object) -> None:
+            raise ResourceError("x could not be written (No space left on device).")
+
+        with monkeypatch.context() as patched:
+            for module in ("medlsdm.chain", "medlsdm_node.vault"):
+                patched.setattr(f"{module}.write_atomic", full)
+            patched.setattr("medlsdm_node.intake.TICK_SECONDS", 0.01)
+            thread = threading.Thread(target=watch.run)
+            thread.start()
+            time.sleep(0.5)
+            assert thread.is_alive()
+            watch.stopping = True
+            thread.join()
+        assert len([line for line in said if "No space left" in line]) == 1
+        assert "received" not in {r["event"] for r in home.audit.records()}
+        watch.later.clear()
+        watch.tick()
+        assert len(Vault(home).names(PAIR)) == 1
+    counts = [r["fields"]["counts"] for r in home.audit.records() if r["event"] == "received"]
+    assert counts == [{"PACS": {"stored": 9}}]
 
 
 def test_while_somebody_ingests_the_study_waits(home, study):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -63,6 +65,25 @@ def test_every_change_is_noticed(tmp_path):
     (tmp_path / "x").write_bytes(good)
     with pytest.raises(IntegrityError):
         list(read_sealed(tmp_path / "x", b"z" * 32))
+
+
+FULL = """
+import os, resource, sys
+from pathlib import Path
+from medlsdm_node.sealed import SealedWriter, read_sealed
+
+for room in (0, 10):  # not even the head fits
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        SealedWriter(Path(sys.argv[1]) / "x", b"k" * 32)
+    except OSError:
+        print(os.listdir(sys.argv[1]))
+"""
+
+
+def test_a_disk_that_is_full_leaves_no_file_behind(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == "[]\n[]\n", done.stderr
 
 
 def test_a_writer_that_is_discarded_leaves_nothing_and_never_overwrites(tmp_path):

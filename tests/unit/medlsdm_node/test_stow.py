@@ -28,6 +28,7 @@ from medlsdm_node.receive_settings import ReceiveSettings, WebSettings, load_rec
 from medlsdm_node.spool import KIND, Spool
 from medlsdm_node.stow import WebDoor
 from medlsdm_node.vault import PAIR, Vault
+from medlsdm_node.web_server import MIN_BYTES_PER_SECOND, Pace
 from tests.certificates import self_signed
 
 from .conftest import changed, content
@@ -195,6 +196,27 @@ def test_a_request_for_something_else_is_refused_at_its_head(home, rules, change
         assert speak(door, said.encode()).startswith(f"HTTP/1.1 {status} ".encode())
         who = "unknown" if status in (400, 431, 501) else "DICOMweb"  # of those we never came to know who it is
         assert door.counts() == {who: {f"request refused ({status})": 1}}
+
+
+def test_patience_grows_with_what_came_and_ends():
+    pace = Pace(10.0)
+    pace.note(9.0, 0)
+    assert pace.patience() == pytest.approx(1.0)
+    pace.note(0.0, 5 * MIN_BYTES_PER_SECOND)
+    assert pace.patience() == pytest.approx(6.0)
+    pace.note(6.0, 0)
+    with pytest.raises(TimeoutError):
+        pace.patience()
+
+
+def test_a_request_of_two_lengths_is_refused(home, study, rules):
+    with listening(home, rules) as door:
+        said = body(content(study[0]))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in ASKS.items())
+        head = f"POST /studies HTTP/1.1\r\nhost: h\r\n{lines}content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n"
+        whole = head.encode() + b"%x\r\n" % len(said) + said + b"\r\n0\r\n\r\n"
+        assert speak(door, whole).startswith(b"HTTP/1.1 400 ")
+        assert door.spool.studies() == []
 
 
 def test_only_post_is_answered(home, rules):
