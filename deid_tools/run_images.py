@@ -84,6 +84,8 @@ def _image_series(run: Run, instances: list[Instance]) -> None:
     staging = run.working / relative
     originals = run.originals(relative)
     try:
+        if target.parent.is_symlink():  # what is written would lie elsewhere, and the report would not say where
+            raise Refusal("something else lies where its series belongs")
         if already:
             seen, done = Cleaned(), NOTHING_DONE
             instances = _again(run, instances, target, seen)

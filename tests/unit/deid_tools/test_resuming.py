@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,17 @@ def test_a_link_in_place_of_leftovers_or_of_a_series_is_not_followed(study, tmp_
     assert report.series == ()
     assert (precious / "file").exists()
     assert not (tmp_path / "out" / ".working-x").is_symlink()
+
+
+def test_nothing_is_written_through_a_link_in_place_of_a_patients_folder(study, tmp_path, keys):
+    first = run(study, tmp_path, keys).series[0].token.split("/")[0]
+    shutil.rmtree(tmp_path / "out" / first)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / first).symlink_to(tmp_path / "elsewhere")
+    report = run(study, tmp_path, keys)
+    assert "something else lies where its series belongs" in report.reasons()
+    assert report.series == ()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_series_that_was_changed_since_does_not_pass_again(study, tmp_path, keys):
