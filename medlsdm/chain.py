@@ -5,8 +5,9 @@ the log states, signed, how far it reaches.
 
 Guarantee: whoever does not have the key cannot change, insert, reorder or remove a signed line, nor any line before
     one, without ``verify`` naming it. A tail that was cut off shows as long as the statement of the log's end is there
-    and not older than the cut. Putting back an older copy of both files, or stripping a log of every signature and of
-    its end, shows only to whoever knows a later head, such as the one that an export's receipt carries.
+    and not older than the cut; half a line behind the stated end, as a loss of power leaves it, counts as not written.
+    Putting back an older copy of both files, or stripping a log of every signature and of its end, shows only to
+    whoever knows a later head, such as the one that an export's receipt carries.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class HashChain:
                 os.fchmod(stream.fileno(), 0o600)
             before = list(self._verified(stream))
             self._check_end(before)
+            _cut_torn(stream)
             head, count = (before[-1]["hash"] if before else GENESIS), len(before)
             record = {"n": count, "time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
             record |= {"previous": head, "fields": fields}
@@ -144,6 +146,8 @@ class HashChain:
         stream.seek(0)
         previous, signed = GENESIS, False
         for number, line in enumerate(stream):
+            if number and not line.endswith(b"\n") and number == self._stated()[0]:
+                return  # power was lost while it was written: the end was not stated, so nobody was told of it
             try:
                 record = json.loads(line)
                 stated = record.pop("hash")
@@ -222,6 +226,15 @@ def _write_whole(handle: int, line: bytes, name: str) -> None:
         raise ResourceError(
             f"{name} could not be written ({error.strerror}).", "Check free space and permissions."
         ) from error
+
+
+def _cut_torn(stream: Any) -> None:
+    """Remove half a line from the end of a file that was found good up to there."""
+    stream.seek(0)
+    content = stream.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.ftruncate(stream.fileno(), whole)
 
 
 def _first_signed(records: list[dict[str, Any]]) -> int | None:

@@ -146,6 +146,21 @@ def test_a_disk_that_fills_up_leaves_no_half_line_and_the_log_goes_on(chain):
     ]
 
 
+@pytest.mark.parametrize("left", [1, 40, -1])
+def test_half_a_line_that_a_loss_of_power_left_is_not_there_and_the_log_goes_on(chain, left):
+    before, stated = chain.path.read_bytes(), chain.end.read_bytes()
+    chain.append("lost")
+    chain.path.write_bytes(before + chain.path.read_bytes()[len(before) :][:left])
+    with pytest.raises(IntegrityError, match="cut"):  # the end says that the line was there
+        chain.records()
+    chain.end.write_bytes(stated)
+    assert "lost" not in [record["event"] for record in chain.records()]
+    chain.append("after")
+    assert chain.path.read_bytes().startswith(before)
+    assert chain.records()[-1]["event"] == "after"
+    chain.verify()
+
+
 def test_a_record_whose_end_cannot_be_stated_is_not_there(chain, monkeypatch):
     before = chain.path.read_bytes()
 
