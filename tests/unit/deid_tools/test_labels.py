@@ -190,7 +190,7 @@ def test_a_label_map_segmentation_of_another_writer_passes_the_pipeline(study, s
     ds.save_as(old)
     report = deidentify(study.source, tmp_path / "again", keys, schema=schema)
     assert report.reasons() == {"The segmentation uses a segment that it does not describe.": 1}
-    code = ds.SegmentSequence[1].SegmentedPropertyTypeCodeSequence[0]
+    code = ds.SegmentSequence[-1].SegmentedPropertyTypeCodeSequence[0]
     code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "78961009", "SCT", "Spleen"
     ds.save_as(old)
     report = deidentify(study.source, tmp_path / "without a schema", keys)
