@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -29,6 +30,20 @@ _BROKEN = "a process that worked on it died"
 _state: Any = None
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+@contextmanager
+def deaf_to_stops() -> Iterator[None]:
+    """Keep SIGINT and SIGTERM from processes that are started in the block.
+
+    A terminal and a service manager send them to all at once. They are for the leader, who ends the others; a helper
+    that dies first would look like a file that cannot be read.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -112,11 +127,14 @@ class Crew:
             while ahead:
                 yield ahead.pop(0).result(seconds)
         except BrokenProcessPool:
-            self._pool = None
+            self._kill()
             raise Refusal(_BROKEN) from None
         except TimeoutError:
             self._kill()
             raise Refusal(_TOO_LONG) from None
+        except (KeyboardInterrupt, SystemExit):
+            self._kill()
+            raise
         finally:
             for future in ahead:
                 future.cancel()
@@ -136,6 +154,11 @@ class Crew:
 
     def _start(self) -> ProcessPoolExecutor:
         """Start all processes and wait until they are ready."""
+        resource_tracker.ensure_running()  # before: starting it makes this thread hear again
+        with deaf_to_stops():
+            return self._started()
+
+    def _started(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([self._make.__module__, "deid_tools.run_images", "deid_tools.engine"])
         pool = ProcessPoolExecutor(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deid_tools.admit import Refusal
+from deid_tools.crew import deaf_to_stops
 
 WIDTH = 1600
 MAX_FACTOR = 8
@@ -158,19 +159,23 @@ def _grey(image: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
 
 
 def _read(program: str, picture: NDArray[np.uint8]) -> list[Word]:
-    header = f"P5 {picture.shape[1]} {picture.shape[0]} 255\n".encode()
+    content = f"P5 {picture.shape[1]} {picture.shape[0]} 255\n".encode() + picture.tobytes()
+    command, pipe = [program, "stdin", "stdout", "--psm", "11", "tsv"], subprocess.PIPE
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     try:
-        answer = subprocess.run(
-            [program, "stdin", "stdout", "--psm", "11", "tsv"],
-            input=header + picture.tobytes(),
-            capture_output=True,
-            timeout=TIMEOUT_SECONDS,
-            check=True,
-            env={**os.environ, "OMP_THREAD_LIMIT": "1"},
-        )
+        with deaf_to_stops():
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment)
+        with process:
+            try:
+                answer, _ = process.communicate(content, TIMEOUT_SECONDS)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise Refusal("the search for burned-in text failed")
     except (subprocess.SubprocessError, OSError):
         raise Refusal("the search for burned-in text failed") from None
-    head, *lines = answer.stdout.decode("utf-8", "replace").splitlines() or [""]
+    head, *lines = answer.decode("utf-8", "replace").splitlines() or [""]
     rows = [line.split("\t") for line in lines]
     page = [str(picture.shape[1]), str(picture.shape[0])]
     if head != _HEADER or not any(row[0] == "1" and row[8:10] == page for row in rows):

@@ -139,6 +139,30 @@ def test_a_crash_leaves_no_picture_of_the_memory():
     resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
+def test_a_stop_that_reaches_all_processes_at_once_is_for_the_first_one_alone(tmp_path):
+    """As a terminal's Ctrl-C and a service manager's stop do, from the moment on when the processes start."""
+    (tmp_path / "slow.py").write_text("import time\ndef slow(made, job):\n    time.sleep(0.1)\n    return job\n")
+    program = (
+        "import signal; from slow import slow; from deid_tools.crew import Crew\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: None)\n"
+        "crew = Crew(2, None, int, ()); print('ready', flush=True)\n"
+        "print(sum(crew.map(slow, range(60), seconds=60))); crew.close()"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as leader:  # fmt: skip
+        assert leader.stdout is not None
+        assert leader.stdout.readline() == "ready\n"
+        for _ in range(12):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.killpg(leader.pid, number)
+            time.sleep(0.2)
+        said, complaints = leader.communicate(timeout=60)
+    assert (said, complaints) == (f"{sum(range(60))}\n", "")
+
+
 def test_workers_end_with_a_program_that_is_killed(tmp_path):
     code = "import os, sys, time; from deid_tools.crew import Crew\n"
     code += "crew = Crew(2, None, int, ())\n"
