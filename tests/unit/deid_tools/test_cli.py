@@ -56,6 +56,37 @@ def test_a_key_that_others_may_read_is_refused(study, tmp_path):
     assert "00" * 32 not in done.stderr
 
 
+def test_a_new_key_is_said_once_with_its_place(study, tmp_path):
+    arguments = ("run", str(study.source), str(tmp_path / "out"), "--json")
+    first, second = call(*arguments, home=tmp_path / "home"), call(*arguments, home=tmp_path / "home")
+    key = tmp_path / "home" / "medlsdm" / "deid.key"
+    (line,) = [row for row in first.stderr.splitlines() if "key" in row]
+    assert f"a new site key was made at {key}. Back it up" in line
+    assert key.read_text().strip() not in first.stdout + first.stderr
+    assert (second.returncode, "key was made" in second.stderr) == (0, False)
+    assert json.loads(first.stdout)["key_id"] == json.loads(second.stdout)["key_id"]
+
+
+@pytest.mark.parametrize("place", ["mistyped", "no/such/folder/mistyped"])
+def test_a_named_key_that_is_not_there_is_refused_and_not_made(place, study, tmp_path):
+    key = tmp_path / place
+    done = call("run", str(study.source), str(tmp_path / "out"), "--key", str(key), home=tmp_path / "home")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith(f"medlsdm-deid: There is no key file '{key}'.")
+    assert len(done.stderr.splitlines()) == 1
+    assert [p for p in (key, tmp_path / "no", tmp_path / "home", tmp_path / "out") if p.exists()] == []
+
+
+def test_a_named_key_is_used(study, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("5a" * 32)
+    key.chmod(0o600)
+    done = call("run", str(study.source), str(tmp_path / "out"), "--key", str(key), "--json", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["key_id"] == SiteKeys.derive(b"\x5a" * 32, "default").id
+    assert not (tmp_path / "home").exists()
+
+
 def test_help_is_quick(tmp_path):
     start = time.perf_counter()
     assert call("--help", home=tmp_path).returncode == 0

@@ -169,8 +169,9 @@ def test_a_program_that_is_told_to_end_takes_its_working_files_with_it(study, tm
     out = tmp_path / "out"
     code = "import time; from deid_tools import run; run.Run.admit_all = lambda self: time.sleep(60)\n"
     code += "from deid_tools.cli import main; main()"
-    arguments = ["run", str(study.source), str(out), "--key", str(tmp_path / "key")]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ, stderr=subprocess.PIPE) as program:
+    arguments = ["run", str(study.source), str(out)]
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "home")}
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE) as program:
         until = time.monotonic() + 60
         while not [*out.glob(".working-*")] and time.monotonic() < until:
             time.sleep(0.05)
