@@ -163,23 +163,33 @@ def verify(
     """Check every file of any folder with a reader and lists of its own; exit 10 if something is found."""
     from dataclasses import asdict
 
-    from deid_tools.verify import conformance, verify_folder
+    from deid_tools.verify import conformance, count_files, verify_folder
+    from deid_tools.verify_report import UNFINISHED
     from medlsdm.checks import existing_folder
 
     findings = verify_folder(existing_folder(folder, "The folder"), whole_series=not quick)
+    files = count_files(folder)
     notes = [] if quick else conformance(folder)
     if json:
-        print_json({"clean": not findings, "findings": [*map(asdict, findings)], "notes": [*map(asdict, notes)]})
+        found, noted = [*map(asdict, findings)], [*map(asdict, notes)]
+        print_json({"clean": not findings, "files": files, "findings": found, "notes": noted})
     else:
         for note in notes:
             print(f"note: {note.line()} (no identifier; originals often have such)")
         for finding in findings:
             print(finding.line())
-        print("clean" if not findings else f"{len(findings)} findings")
+        print(f"{_count(len(findings), 'finding')}: " if findings else "clean: ", end="")
+        print(f"{_count(files, 'file')} checked")
     if findings:
         if json:
             raise typer.Exit(QuarantineError.exit_status)
-        raise QuarantineError(f"{len(findings)} findings.", "Do not use these files; de-identify the originals again.")
+        if all(finding.reason == UNFINISHED for finding in findings):
+            raise QuarantineError("The run is not finished.", "Run it again into this folder, then verify again.")
+        raise QuarantineError(f"{_count(len(findings), 'finding')}.", "Do not use these files; de-identify the originals again.")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @app.command()

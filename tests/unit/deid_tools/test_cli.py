@@ -32,9 +32,37 @@ def test_run_and_verify(study, tmp_path):
     assert len(bytes.fromhex(key.read_text())) == 32
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     checked = call("verify", str(tmp_path / "out"), "--json", home=tmp_path / "home")
-    assert (checked.returncode, json.loads(checked.stdout)) == (0, {"clean": True, "findings": [], "notes": []})
+    files = sum(path.is_file() for path in (tmp_path / "out").rglob("*"))
+    expected = {"clean": True, "files": files, "findings": [], "notes": []}
+    assert (checked.returncode, json.loads(checked.stdout)) == (0, expected)
+    assert files > 3
+    assert call("verify", str(tmp_path / "out"), home=tmp_path).stdout == f"clean: {files} files checked\n"
     (tmp_path / "out" / "note.txt").write_text("x")
     assert call("verify", str(tmp_path / "out"), home=tmp_path / "home").returncode == 10
+
+
+def test_the_output_of_a_stopped_run_is_not_clean_until_it_went_on(study, tmp_path):
+    out = tmp_path / "out"
+    assert call("run", str(study.source), str(out), home=tmp_path / "home").returncode == 0
+    report = json.loads((out / "report.json").read_text())
+    mark = {part: report[part] for part in ("program", "recipe_sha256", "key_id", "pixel_policy")}
+    (out / "report.json").write_text(json.dumps({**mark, "finished": False}))  # as a run writes when it starts
+    done = call("verify", str(out), home=tmp_path)
+    assert done.returncode == 10
+    assert "report.json: the run that writes this folder is not finished; run it again" in done.stdout
+    assert "1 finding: " in done.stdout
+    assert done.stderr.startswith("medlsdm-deid: The run is not finished. Run it again into this folder")
+    asked = call("verify", str(out), "--json", home=tmp_path)
+    assert (asked.returncode, json.loads(asked.stdout)["clean"]) == (10, False)
+    assert call("run", str(study.source), str(out), home=tmp_path / "home").returncode == 0
+    assert call("verify", str(out), home=tmp_path).returncode == 0
+
+
+def test_a_folder_without_a_report_is_checked_all_the_same(study, tmp_path):
+    out = tmp_path / "out"
+    assert call("run", str(study.source), str(out), home=tmp_path / "home").returncode == 0
+    (out / "report.json").unlink()
+    assert call("verify", str(out), home=tmp_path).returncode == 0
 
 
 def test_nothing_passed_is_exit_10_with_the_reasons(tmp_path):
