@@ -101,7 +101,9 @@ def run_command(
         "Back it up, and keep it secret.",
     ),
     project: str = typer.Option("default", help="The project; two projects give one patient two pseudonyms."),
-    schema: Path | None = typer.Option(None, help="A label schema (YAML or JSON) that names the segments."),
+    schema: str | None = typer.Option(
+        None, help="The label schema that names the segments: a built-in name (tissues), or a YAML or JSON file."
+    ),
     recipe: str = typer.Option("allow-list", help="What stays of a header: allow-list, basic, or a recipe file."),
     option: list[str] = typer.Option(
         [],
@@ -185,7 +187,8 @@ def verify(
             raise typer.Exit(QuarantineError.exit_status)
         if all(finding.reason == UNFINISHED for finding in findings):
             raise QuarantineError("The run is not finished.", "Run it again into this folder, then verify again.")
-        raise QuarantineError(f"{_count(len(findings), 'finding')}.", "Do not use these files; de-identify the originals again.")
+        number = _count(len(findings), "finding")
+        raise QuarantineError(f"{number}.", "Do not use these files; de-identify the originals again.")
 
 
 def _count(number: int, what: str) -> str:
@@ -195,7 +198,9 @@ def _count(number: int, what: str) -> str:
 @app.command()
 def names(
     folder: Path = typer.Argument(..., metavar="IN", help="A folder with DICOM SEG or RTSTRUCT files."),
-    schema: Path | None = typer.Option(None, help="A label schema (YAML or JSON) to look the names up in."),
+    schema: str | None = typer.Option(
+        None, help="The label schema to look the names up in: a built-in name (tissues), or a YAML or JSON file."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the names as JSON."),
 ) -> None:
     """List what the segments and structures under IN are called, for the schema's aliases. May show anything."""
@@ -213,11 +218,13 @@ def names(
     print(f"{len(rows)} names, {sum(not row.becomes for row in rows)} unknown")
 
 
-def _load_schema(path: Path) -> LabelSchema:
+def _load_schema(name_or_path: str) -> LabelSchema:
     import yaml
 
+    from deid_tools.config_files import schema_file
     from medlsdm.types import LabelSchema
 
+    path = schema_file(name_or_path)
     try:
         return LabelSchema.from_json(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

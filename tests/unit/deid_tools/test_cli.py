@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from deid_tools.config_files import schema_file
 from deid_tools.keys import SiteKeys
+from medlsdm.config import load_schema
 from medlsdm.errors import ConfigError
+from medlsdm.types import LabelSchema
 
 
 def call(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -139,3 +143,32 @@ def test_names_lists_what_segments_are_called_and_become(study, tmp_path):
     assert {row["becomes"] for row in rows} == {"liver", "Geschwür"}
     plain = call("names", str(study.source), home=tmp_path)
     assert plain.stdout.endswith("2 names, 2 unknown\n")
+
+
+def test_a_schema_is_found_by_its_built_in_name(study, tmp_path):
+    done = call("names", str(study.source), "--schema", "tissues", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {row["becomes"] for row in json.loads(done.stdout)} == {""}
+    ran = call("run", str(study.source), str(tmp_path / "out"), "--schema", "tissues", "--json", home=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert LabelSchema.from_json(yaml.safe_load(schema_file("tissues").read_text())) == load_schema("tissues")
+
+
+@pytest.mark.parametrize("name", ["tisues", "no/such.yaml"])
+@pytest.mark.parametrize("command", ["names", "run"])
+def test_a_schema_that_is_not_there_is_told_as_missing(command, name, study, tmp_path):
+    out = [str(tmp_path / "out")] if command == "run" else []
+    done = call(command, str(study.source), *out, "--schema", name, home=tmp_path / "home")
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"medlsdm-deid: There is no label schema {name!r}. "
+        "Known: hippocampus, procedural, tissues; or give a YAML or JSON file.\n"
+    )
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_schema_that_cannot_be_read_is_told_as_that(study, tmp_path):
+    (tmp_path / "schema.yaml").write_bytes(b"\xff\xfe\xff")
+    done = call("names", str(study.source), "--schema", str(tmp_path / "schema.yaml"), home=tmp_path)
+    assert done.returncode == 3
+    assert "The label schema 'schema.yaml' cannot be read." in done.stderr
