@@ -183,6 +183,21 @@ def test_a_program_that_is_told_to_end_takes_its_working_files_with_it(study, tm
     assert verify_folder(out) == [Finding("report.json", UNFINISHED)]
 
 
+def test_a_second_run_that_is_stopped_leaves_no_finished_report(study, tmp_path, keys, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    run(study, tmp_path, keys)
+    assert verify_folder(tmp_path / "out") == []
+    with monkeypatch.context() as patched:
+        patched.setattr("deid_tools.run.Run.admit_all", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(study, tmp_path, keys)
+    assert verify_folder(tmp_path / "out") == [Finding("report.json", UNFINISHED)]
+    assert run(study, tmp_path, keys).series
+    assert verify_folder(tmp_path / "out") == []
+
+
 def test_two_people_under_one_patient_id_are_held(study, tmp_path, keys):
     files = sorted(p for p in study.source.rglob("*.dcm") if "SEG" not in p.name)
     other = tmp_path / "hospital" / "other"
