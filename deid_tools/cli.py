@@ -41,30 +41,48 @@ def default_key_file() -> Path:
     return Path(home) / "medlsdm" / "deid.key"
 
 
-def load_master_key(path: Path) -> bytes:
-    """Read the master key (64 hex digits), or make one with mode 0600 where there is none.
+def load_master_key(named: Path | None) -> bytes:
+    """Read the master key (64 hex digits); only at its usual place is one made, mode 0600, where there is none.
+
+    Args:
+        named: The file that the user named, which must exist; None: the usual place.
 
     Raises:
-        ConfigError: The file is not a key, or others may read it.
+        ConfigError: There is no such file, it is not a key, or others may read it.
     """
+    path = named or default_key_file()
+    if named is None and not path.exists():
+        return _make_master_key(path)
+    if not path.exists():
+        raise ConfigError(
+            f"There is no key file {str(path)!r}.",
+            "Check the path: another key gives every patient another pseudonym. A site's first run, "
+            "without --key, makes a key.",
+        )
+    if path.stat().st_mode & 0o077:
+        raise ConfigError("Others may read the key file.", "Run: chmod 600 on it.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        if path.stat().st_mode & 0o077:
-            raise ConfigError("Others may read the key file.", "Run: chmod 600 on it.") from None
-        try:
-            key = bytes.fromhex(path.read_text().strip())
-        except ValueError:
-            key = b""
-        if len(key) != _KEY_BYTES:
-            raise ConfigError("The key file does not hold 64 hex digits.", "Restore it from your backup.") from None
-        return key
+        key = bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        key = b""
+    if len(key) != _KEY_BYTES:
+        raise ConfigError("The key file does not hold 64 hex digits.", "Restore it from your backup.")
+    return key
+
+
+def _make_master_key(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     key = secrets.token_bytes(_KEY_BYTES)
     with os.fdopen(handle, "w") as stream:
         stream.write(key.hex() + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+    print(
+        f"medlsdm-deid: a new site key was made at {path}. Back it up and keep it secret: without it, "
+        "every patient gets another pseudonym.",
+        file=sys.stderr,
+    )
     return key
 
 
@@ -77,10 +95,15 @@ def run_command(
     source: Path = typer.Argument(..., metavar="IN", help="The folder with DICOM files, searched through."),
     out: Path = typer.Argument(..., metavar="OUT", help="Where the result goes: empty, absent, or an earlier output."),
     key: Path | None = typer.Option(
-        None, "--key", help="The site's key file; made if absent. Keep it, and keep it secret."
+        None,
+        "--key",
+        help="The site's key file, which must exist; without it ~/.local/share/medlsdm/deid.key, made if absent. "
+        "Back it up, and keep it secret.",
     ),
     project: str = typer.Option("default", help="The project; two projects give one patient two pseudonyms."),
-    schema: Path | None = typer.Option(None, help="A label schema (YAML or JSON) that names the segments."),
+    schema: str | None = typer.Option(
+        None, help="The label schema that names the segments: a built-in name (tissues), or a YAML or JSON file."
+    ),
     recipe: str = typer.Option("allow-list", help="What stays of a header: allow-list, basic, or a recipe file."),
     option: list[str] = typer.Option(
         [],
@@ -116,7 +139,7 @@ def run_command(
     policy = PixelPolicy(text, not keep_faces, device_rules, face_pictures)
     names = _load_schema(schema) if schema else None
     rules = load_recipe(recipe, option)
-    keys: SiteKeys = SiteKeys.derive(load_master_key(key or default_key_file()), project)
+    keys: SiteKeys = SiteKeys.derive(load_master_key(key), project)
     with _progress() as progress:
         report = deidentify(
             source, out, keys, schema=names, recipe=rules, policy=policy, progress=progress, workers=workers,
@@ -142,29 +165,42 @@ def verify(
     """Check every file of any folder with a reader and lists of its own; exit 10 if something is found."""
     from dataclasses import asdict
 
-    from deid_tools.verify import conformance, verify_folder
+    from deid_tools.verify import conformance, count_files, verify_folder
+    from deid_tools.verify_report import UNFINISHED
     from medlsdm.checks import existing_folder
 
     findings = verify_folder(existing_folder(folder, "The folder"), whole_series=not quick)
+    files = count_files(folder)
     notes = [] if quick else conformance(folder)
     if json:
-        print_json({"clean": not findings, "findings": [*map(asdict, findings)], "notes": [*map(asdict, notes)]})
+        found, noted = [*map(asdict, findings)], [*map(asdict, notes)]
+        print_json({"clean": not findings, "files": files, "findings": found, "notes": noted})
     else:
         for note in notes:
             print(f"note: {note.line()} (no identifier; originals often have such)")
         for finding in findings:
             print(finding.line())
-        print("clean" if not findings else f"{len(findings)} findings")
+        print(f"{_count(len(findings), 'finding')}: " if findings else "clean: ", end="")
+        print(f"{_count(files, 'file')} checked")
     if findings:
         if json:
             raise typer.Exit(QuarantineError.exit_status)
-        raise QuarantineError(f"{len(findings)} findings.", "Do not use these files; de-identify the originals again.")
+        if all(finding.reason == UNFINISHED for finding in findings):
+            raise QuarantineError("The run is not finished.", "Run it again into this folder, then verify again.")
+        number = _count(len(findings), "finding")
+        raise QuarantineError(f"{number}.", "Do not use these files; de-identify the originals again.")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @app.command()
 def names(
     folder: Path = typer.Argument(..., metavar="IN", help="A folder with DICOM SEG or RTSTRUCT files."),
-    schema: Path | None = typer.Option(None, help="A label schema (YAML or JSON) to look the names up in."),
+    schema: str | None = typer.Option(
+        None, help="The label schema to look the names up in: a built-in name (tissues), or a YAML or JSON file."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the names as JSON."),
 ) -> None:
     """List what the segments and structures under IN are called, for the schema's aliases. May show anything."""
@@ -182,11 +218,13 @@ def names(
     print(f"{len(rows)} names, {sum(not row.becomes for row in rows)} unknown")
 
 
-def _load_schema(path: Path) -> LabelSchema:
+def _load_schema(name_or_path: str) -> LabelSchema:
     import yaml
 
+    from deid_tools.config_files import schema_file
     from medlsdm.types import LabelSchema
 
+    path = schema_file(name_or_path)
     try:
         return LabelSchema.from_json(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

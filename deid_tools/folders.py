@@ -79,14 +79,16 @@ def check_same_run(out: Path, recipe_sha256: str, key_id: str, pixel_policy: str
 
 
 def start_output(out: Path, recipe_sha256: str, key_id: str, pixel_policy: str) -> None:
-    """Mark the folder as ours before anything is in it, so that a run that was killed can resume."""
+    """Mark the folder as ours and unfinished before anything is written, so that a run that was killed can resume."""
     for leftover in out.glob(".working-*"):
         if leftover.is_symlink() or not leftover.is_dir():
             leftover.unlink()
         else:
             shutil.rmtree(leftover)
-    if not (out / "report.json").exists():
-        mark = {"program": PROGRAM, "finished": False, "recipe_sha256": recipe_sha256, "key_id": key_id}
+    report = out / "report.json"
+    mark = json.loads(report.read_text()) if report.exists() else {}
+    if mark.get("finished") is not False:
+        mark |= {"program": PROGRAM, "finished": False, "recipe_sha256": recipe_sha256, "key_id": key_id}
         mark["pixel_policy"] = pixel_policy
         write_atomic(out / "report.json", json.dumps(mark).encode())
 

@@ -185,6 +185,11 @@ def verify_folder(folder: Path, *, whole_series: bool = False) -> list[Finding]:
     return findings + (list(_check_series(folder)) if whole_series else [])
 
 
+def count_files(folder: Path) -> int:
+    """Return how many files ``verify_folder`` looks at: everything below the folder that is no folder."""
+    return sum(path.is_symlink() or not path.is_dir() for path in folder.rglob("*"))
+
+
 def _check_series(folder: Path) -> Iterator[Finding]:
     from deid_tools.verify_series import check_text, series_folders
 

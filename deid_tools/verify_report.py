@@ -10,6 +10,7 @@ from typing import Any
 
 from deid_tools.report import PROGRAM
 
+UNFINISHED = "the run that writes this folder is not finished; run it again, it goes on where it stopped"
 _STRANGE = "the report is not one that this program writes"
 _PARTS: dict[str, type] = {
     "program": str,
@@ -54,7 +55,7 @@ _SENTENCE = 400
 
 
 def check_report(path: Path, net: tuple[tuple[str, re.Pattern[str]], ...]) -> Iterator[str]:
-    """Yield what is wrong with a report.
+    """Yield what is wrong with a report; one that does not say that its run is finished is a problem too.
 
     Args:
         path: The file.
@@ -68,6 +69,8 @@ def check_report(path: Path, net: tuple[tuple[str, re.Pattern[str]], ...]) -> It
     if not _well_formed(report):
         yield _STRANGE
         return
+    if report.get("finished") is not True:
+        yield UNFINISHED
     sentences = [*report.get("reasons", ()), *report.get("unreadable_values", ()), report.get("burned_in_text", "")]
     sentences += [held["reason"] for held in report.get("quarantined", ())]
     for series in report.get("series", ()):

@@ -126,6 +126,8 @@ def test_a_changed_line_and_a_removed_one_are_found(node, tmp_path):
 def test_the_program_alone_writes_evidence_too(node, tmp_path):
     _, source, tokens = node
     folder = tmp_path / "evidence"
+    (tmp_path / "key").write_text("5a" * 32)
+    (tmp_path / "key").chmod(0o600)
     done = call("medlsdm-deid", "run", source, tmp_path / "out", "--key", tmp_path / "key", "--evidence", folder)
     assert done.returncode == 0, done.stderr
     assert "they show originals" in done.stdout

@@ -20,7 +20,8 @@ from deid_tools.pipeline import deidentify
 from deid_tools.silence import silence_for_good
 from deid_tools.treatment import PixelPolicy
 from deid_tools.uids import new_uid
-from deid_tools.verify import verify_folder
+from deid_tools.verify import Finding, verify_folder
+from deid_tools.verify_report import UNFINISHED
 from medlsdm.errors import DataError, ResourceError
 
 pytestmark = pytest.mark.usefixtures("without_tesseract")
@@ -193,8 +194,9 @@ def test_a_program_that_is_told_to_end_takes_its_working_files_with_it(study, tm
     out = tmp_path / "out"
     code = "import time; from deid_tools import run; run.Run.admit_all = lambda self: time.sleep(60)\n"
     code += "from deid_tools.cli import main; main()"
-    arguments = ["run", str(study.source), str(out), "--key", str(tmp_path / "key")]
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ, stderr=subprocess.PIPE) as program:
+    arguments = ["run", str(study.source), str(out)]
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "home")}
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE) as program:
         until = time.monotonic() + 60
         while not [*out.glob(".working-*")] and time.monotonic() < until:
             time.sleep(0.05)
@@ -202,7 +204,22 @@ def test_a_program_that_is_told_to_end_takes_its_working_files_with_it(study, tm
         program.send_signal(signal.SIGTERM)
         assert program.wait(timeout=30) == 130
     assert [p.name for p in out.iterdir()] == ["report.json"]
-    assert verify_folder(out) == []
+    assert verify_folder(out) == [Finding("report.json", UNFINISHED)]
+
+
+def test_a_second_run_that_is_stopped_leaves_no_finished_report(study, tmp_path, keys, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    run(study, tmp_path, keys)
+    assert verify_folder(tmp_path / "out") == []
+    with monkeypatch.context() as patched:
+        patched.setattr("deid_tools.run.Run.admit_all", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(study, tmp_path, keys)
+    assert verify_folder(tmp_path / "out") == [Finding("report.json", UNFINISHED)]
+    assert run(study, tmp_path, keys).series
+    assert verify_folder(tmp_path / "out") == []
 
 
 def test_two_people_under_one_patient_id_are_held(study, tmp_path, keys):
