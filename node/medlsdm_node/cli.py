@@ -281,7 +281,7 @@ def audit(
             print_json(copy)
             return
         print(f"audit log intact: {copy['records']} records, head {copy['head'][:16]}")
-        print(f"{signed_words(copy['signed_from'])}; its end is stated for {copy['end_stated']} records")
+        print(f"{signed_words(copy['signed_from'])}; {copy['end']}")
         return
     found = check(open_home(home), folder)
     if as_json:
