@@ -87,3 +87,14 @@ def test_status_says_that_deid_yaml_is_broken(home, rule):
 def status_text(home: NodeHome) -> str:
     ask = [sys.executable, "-c", "from medlsdm_node.cli import main; main()", "status", "--home", str(home.root)]
     return subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_release_that_adds_nothing_says_so_and_not_what_the_vault_holds(home, study, vault, pair):
+    vault.put_pair("P-1.S-1", *pair)
+    spooled(home, study[0])
+    spooled(home, changed(study[0]))
+    (held,) = items(home)
+    ask = ["quarantine", "release", held.id, "--home", str(home.root)]
+    program = [sys.executable, "-c", "from medlsdm_node.cli import main; main()"]
+    said = subprocess.run([*program, *ask], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("0 scans were added to the vault.\n")
