@@ -54,16 +54,21 @@ class HashChain:
     """Append records and read them back verified. Safe for several processes.
 
     Args:
-        path: The file; it is made at the first append. Its end is stated in a file of the same name with ``.end``.
+        path: The file; it is made at the first append.
         key: Signs each record and the statement of the end. Records that were written without it stay valid, up to
             the first signed one.
         public: Checks signatures where there is no ``key``.
+        end: The file that states the log's end; by default it has the log's name with ``.end``.
     """
 
     def __init__(
-        self, path: Path, key: Ed25519PrivateKey | None = None, public: Ed25519PublicKey | None = None
+        self,
+        path: Path,
+        key: Ed25519PrivateKey | None = None,
+        public: Ed25519PublicKey | None = None,
+        end: Path | None = None,
     ) -> None:
-        self.path, self.end = path, path.with_suffix(".end")
+        self.path, self.end = path, end or path.with_suffix(".end")
         self._key = key
         self._public = key.public_key() if key else public
 

@@ -101,7 +101,8 @@ def check_log(path: Path, key: str) -> dict[str, Any]:
     """Verify a copy of some site's audit log with that site's public key; nothing else of the site is needed.
 
     Args:
-        path: ``audit.jsonl``; where ``audit.end`` lies beside it, it is checked too.
+        path: ``audit.jsonl``, under any name; the statement of its end is looked for beside it, as a file of the same
+            name with ``.end``, else as ``audit.end``.
         key: The site's Ed25519 key in hex, known from elsewhere.
 
     Raises:
@@ -114,8 +115,23 @@ def check_log(path: Path, key: str) -> dict[str, Any]:
         raise DataError("The key is not 64 hex digits.", "The site's 'medlsdm-node audit' prints it.") from None
     if not path.is_file():
         raise DataError(f"There is no log {str(path)!r}.", "Check the path.")
-    state = HashChain(path, public=public).verify(end_must_be_stated=False)
-    return {"records": state.entries, "head": state.head, "signed_from": state.signed_from, "end_stated": state.stated}
+    ends = [end for end in (path.with_suffix(".end"), path.with_name("audit.end")) if end.is_file()]
+    state = HashChain(path, public=public, end=ends[0] if ends else None).verify(end_must_be_stated=False)
+    return {
+        "records": state.entries,
+        "head": state.head,
+        "signed_from": state.signed_from,
+        "end_stated": state.stated,
+        "end_file": ends[0].name if ends else None,
+        "end": end_words(state.stated),
+    }
+
+
+def end_words(stated: int) -> str:
+    """Say in words what is known of a log's end."""
+    if stated:
+        return f"its end is stated for {stated} records"
+    return "NO statement of its end was found (audit.end): records cut off its end cannot be excluded"
 
 
 def signed_words(signed_from: int | None) -> str:

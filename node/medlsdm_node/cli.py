@@ -198,12 +198,14 @@ def status(
         loss = f", loss {now['loss']}" if "loss" in now else ""
         print(f"  {now['stage']} round {now.get('round')}/{now.get('rounds')}{loss}")
     print(f"  vault: {found['pairs']} scans of {found['patients']} patients, schema {found['schema']}")
+    print(f"  receiving: {found['waiting_studies']} studies wait to be taken in")
+    print(f"  quarantine: {found['quarantine']} items are held")
     print(f"  waiting for export: {found['waiting_synthetic']}; models: {len(found['models'])}")
     if left := found["left_in_clear"]:
         print(f"  IN CLEAR: {left} folders that a killed run left in run/; the next ingest, receive or join wipes them")
     rules = found["deidentification"]
     if "error" in rules:
-        print(f"  de-identification: {rules['error']}")
+        print(f"  BROKEN: deid.yaml; nothing is taken in until it is right. {rules['error']}")
         return
     print(f"  de-identification: {rules['recipe']}, text {rules['text']}, faces {rules['faces']}")
     for line in rules["weaker"]:
@@ -281,7 +283,7 @@ def audit(
             print_json(copy)
             return
         print(f"audit log intact: {copy['records']} records, head {copy['head'][:16]}")
-        print(f"{signed_words(copy['signed_from'])}; its end is stated for {copy['end_stated']} records")
+        print(f"{signed_words(copy['signed_from'])}; {copy['end']}")
         return
     found = check(open_home(home), folder)
     if as_json:

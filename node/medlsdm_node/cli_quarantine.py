@@ -69,7 +69,7 @@ def held_release(item: Item, home: Home = None, as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
-    print(f"{found['pairs']} scans are in the vault.")
+    print(f"{found['pairs']} scans were added to the vault.")
     for reason, count in sorted(found["held"].items()):
         print(f"  held: {count} x {reason}")
 

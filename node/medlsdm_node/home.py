@@ -31,6 +31,7 @@ from medlsdm.federation.identity import SITE_NAME
 from medlsdm.types import LabelSchema
 
 HOME_VARIABLE = "MEDLSDM_NODE_HOME"
+_RULES = {"policy.yaml", "deid.yaml", "receive.yaml"}  # a hospital may lay them there before the node is made
 
 
 class NodeSettings(BaseModel):
@@ -71,9 +72,17 @@ class NodeHome:
         return cls(given or Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".medlsdm/node"))
 
     def create(self, settings: NodeSettings) -> None:
-        """Make the folder, its keys and its policy file; refuse to touch one that exists."""
+        """Make the folder, its keys and its policy file; go on where making it was interrupted.
+
+        Raises:
+            ConfigError: There is a node already, or the folder holds something else; it is as it was.
+        """
         if self.settings_file.exists():
             raise ConfigError(f"There is a node in {self.root} already.", "Use it, or give another --home.")
+        if not self._is_free():
+            raise ConfigError(
+                f"{self.root} holds other files and is no node.", "Give a new or empty folder as --home (or empty it)."
+            )
         self.root.mkdir(parents=True, exist_ok=True)
         self.root.chmod(0o700)
         for folder in (self.keys, self.vault, self.models, self.flwr, self.logs, self.run):
@@ -89,6 +98,22 @@ class NodeHome:
         write_default(self)
         write_atomic(self.settings_file, settings.model_dump_json(indent=2).encode(), mode=0o600)
         self.audit.append("created", site=settings.site, labels=settings.label_schema.digest)
+
+    def _is_free(self) -> bool:
+        """Tell whether a node may be made here: nothing is here but its rules, or what an interrupted init left."""
+        if (self.keys / "master.key").exists() or not self.root.is_dir():
+            return self.root.is_dir() or not self.root.exists()
+        own = {self.node_key, self.node_public, self.keys / "identity.key"}
+        empty = {self.keys, self.vault, self.models, self.flwr, self.logs, self.run}
+        rules = {self.root / name for name in _RULES}
+        here = [path for folder in (self.root, self.keys) if folder.is_dir() for path in folder.iterdir()]
+        return all(
+            path in own | rules
+            or path.name == "lost+found"  # of a new disk
+            or path.name.startswith(".writing-")
+            or (path in empty and path.is_dir() and (path == self.keys or not any(path.iterdir())))
+            for path in here
+        )
 
     def _create_keys(self) -> None:
         identity, node = Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1())

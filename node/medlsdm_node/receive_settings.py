@@ -5,9 +5,10 @@ from __future__ import annotations
 import ssl
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from medlsdm.checks import write_atomic
 from medlsdm.errors import ConfigError
@@ -15,6 +16,7 @@ from medlsdm_node.home import NodeHome
 
 DEFAULT_RECEIVE = """\
 # How a PACS pushes studies to this node (C-STORE). Nothing listens until 'calling' and 'addresses' name somebody.
+# The path of a FILE is relative to the folder of this file.
 ae_title: MEDLSDM             # our AE title; a sender that calls another one is refused
 host: 127.0.0.1               # the address to listen on, such as that of the hospital's network card
 port: 11112
@@ -37,33 +39,48 @@ web: null                     # DICOMweb (STOW-RS), for sites without C-STORE; s
 #  tls: {certificate: FILE, key: FILE, client_ca: FILE}
 """
 MIN_TOKEN_CHARACTERS = 16
+_CHECK_FILE = "Check that the file is there and right; a relative path starts at the node's folder."
+
+
+def _from_node(path: Path, info: ValidationInfo) -> Path:
+    return (info.context or {}).get("folder", Path()) / path
+
+
+SitePath = Annotated[Path, AfterValidator(_from_node)]  # relative to the node's folder, where that is known
 
 
 class Tls(BaseModel):
     """Name the certificate that we show, its key, and the CA that a sender's certificate must come from, if any."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
+    certificate: SitePath
+    key: SitePath
+    client_ca: SitePath | None = None
 
-    def context(self) -> ssl.SSLContext:
-        """Return a server's context, TLS 1.2 or newer.
+    def context(self, section: str = "tls") -> ssl.SSLContext:
+        """Return a server's context, TLS 1.2 or newer; ``section`` is the name of this part of receive.yaml.
 
         Raises:
             ConfigError: A file is missing, does not read, or others may read the key.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        used = section
         try:
+            for name in ("certificate", "key", "client_ca"):
+                used, path = f"{section}.{name}", getattr(self, name)
+                if path is not None:
+                    path.open("rb").close()
             if self.key.stat().st_mode & 0o077:
-                raise ConfigError("Others may read the TLS key of receive.yaml.", "Run: chmod 600 on it.")
+                raise ConfigError(f"Others may read the file of {section}.key of receive.yaml.", "chmod 600 it.")
+            used = f"{section}.certificate and {section}.key"
             context.load_cert_chain(self.certificate, self.key)
             if self.client_ca is not None:
+                used = f"{section}.client_ca"
                 context.load_verify_locations(self.client_ca)
                 context.verify_mode = ssl.CERT_REQUIRED
         except OSError as error:  # ssl.SSLError is one
-            raise ConfigError("A TLS file that receive.yaml names cannot be used.", "Check 'tls' in it.") from error
+            raise ConfigError(f"What {used} of receive.yaml names cannot be used.", _CHECK_FILE) from error
         return context
 
 
@@ -81,7 +98,7 @@ class WebSettings(BaseModel):
     port: int = Field(default=8043, ge=0, le=65535)
     addresses: Addresses = ()
     tls: Tls | None = None
-    token_file: Path | None = None
+    token_file: SitePath | None = None
     max_uploads: int = Field(default=4, ge=1, le=32)
     max_request_bytes: int = Field(default=16 << 30, ge=1)
     max_parts: int = Field(default=20_000, ge=1, le=100_000)
@@ -111,13 +128,13 @@ class WebSettings(BaseModel):
             return None
         try:
             if self.token_file.stat().st_mode & 0o077:
-                raise ConfigError("Others may read the token_file of receive.yaml.", "Run: chmod 600 on it.")
+                raise ConfigError("Others may read the file of web.token_file of receive.yaml.", "chmod 600 it.")
             token = self.token_file.read_bytes().strip()
         except OSError as error:
-            raise ConfigError("The token_file of receive.yaml cannot be read.", "Check 'web' in it.") from error
+            raise ConfigError("The file of web.token_file of receive.yaml cannot be read.", _CHECK_FILE) from error
         if len(token) < MIN_TOKEN_CHARACTERS or not all(0x21 <= character <= 0x7E for character in token):
             raise ConfigError(
-                f"The token_file of receive.yaml holds no token of {MIN_TOKEN_CHARACTERS} characters or more.",
+                f"web.token_file of receive.yaml holds no token of {MIN_TOKEN_CHARACTERS} characters or more.",
                 "Write one line: openssl rand -hex 32.",
             )
         return token
@@ -180,7 +197,8 @@ def read_receive(home: NodeHome) -> ReceiveSettings:
     if not path.exists():
         write_atomic(path, DEFAULT_RECEIVE.encode(), mode=0o600)
     try:
-        return ReceiveSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        rules = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return ReceiveSettings.model_validate(rules, context={"folder": home.root})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("receive.yaml cannot be read (it is not YAML).", "Correct it.") from error
     except ValidationError as error:

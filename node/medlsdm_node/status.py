@@ -63,10 +63,22 @@ def node_status(home: NodeHome) -> dict[str, Any]:
         "models": sorted(p.name for p in home.models.iterdir() if not p.name.startswith(".")),
         "activity": read_activity(home),
         "left_in_clear": leftovers(home),
+        **_received(home),
         "losses": read_losses(home),
         "audit_records": len(home.audit.records()),
         "deidentification": _deidentification(home),
     }
+
+
+def _received(home: NodeHome) -> dict[str, int]:
+    """Count the studies that wait in the spool to be taken in, and the items of ``quarantine list``."""
+    from medlsdm_node.quarantine import items
+    from medlsdm_node.spool import Spool
+
+    spool = Spool(home)
+    with spool.lock():  # or a file that is let go of meanwhile would be missed
+        waiting = sum(spool.waiting(study) is not None for study in spool.studies())
+        return {"waiting_studies": waiting, "quarantine": len(items(home))}
 
 
 def _deidentification(home: NodeHome) -> dict[str, Any]:
@@ -75,6 +87,7 @@ def _deidentification(home: NodeHome) -> dict[str, Any]:
 
     try:
         rules = load_deid(home)
+        rules.check_segmenter()
     except ConfigError as error:
         return {"error": str(error)}
     chosen = rules.settings

@@ -73,7 +73,7 @@ class WebDoor(Door):
         try:
             self.server = WebServer(
                 (self.web.host, self.web.port),
-                self.web.tls.context() if self.web.tls else None,
+                self.web.tls.context("web.tls") if self.web.tls else None,
                 allows=lambda address: allows(self.web.addresses, address),
                 most=self.web.max_uploads * CONNECTIONS_PER_UPLOAD,
                 idle_seconds=self.settings.idle_seconds,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,8 +43,10 @@ def test_a_node_signs_from_its_first_record(home, tmp_path):
     assert found["key"] == public_hex(home.identity)
     copy = tmp_path / "audit.jsonl"
     copy.write_bytes((home.root / "audit.jsonl").read_bytes())
-    assert check_log(copy, found["key"]) == {
-        "records": 2, "head": found["head"], "signed_from": 0, "end_stated": 0}  # fmt: skip
+    alone = check_log(copy, found["key"])
+    assert "cannot be excluded" in alone.pop("end")
+    assert alone == {
+        "records": 2, "head": found["head"], "signed_from": 0, "end_stated": 0, "end_file": None}  # fmt: skip
     (tmp_path / "audit.end").write_bytes((home.root / "audit.end").read_bytes())
     assert check_log(copy, found["key"])["end_stated"] == 2
     with pytest.raises(IntegrityError):
@@ -50,6 +54,29 @@ def test_a_node_signs_from_its_first_record(home, tmp_path):
     for path, key in ((copy, "x"), (copy, ""), (tmp_path / "absent", found["key"])):
         with pytest.raises(DataError):
             check_log(path, key)
+
+
+def test_the_end_beside_a_copy_of_another_name_is_used_and_its_absence_is_said(home, tmp_path):
+    for number in range(3):
+        home.audit.append("gate", passed=number)
+    key, copy = public_hex(home.identity), tmp_path / "from-st-anna.jsonl"
+    lines = (home.root / "audit.jsonl").read_bytes().splitlines(keepends=True)
+    ask = [sys.executable, "-c", "from medlsdm_node.cli import main; main()", "audit", "--log", str(copy), "--key", key]
+    copy.write_bytes(b"".join(lines[:2]))
+    said = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    assert "NO statement of its end was found" in said
+    assert "cannot be excluded" in said
+    assert "stated for" not in said
+    (tmp_path / "audit.end").write_bytes((home.root / "audit.end").read_bytes())
+    with pytest.raises(IntegrityError, match="cut at its end: 2 of 4"):
+        check_log(copy, key)
+    copy.write_bytes(b"".join(lines))
+    found = check_log(copy, key)
+    assert (found["end_stated"], found["end_file"]) == (4, "audit.end")
+    assert "its end is stated for 4 records" in subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "audit.end").rename(tmp_path / "from-st-anna.end")
+    (tmp_path / "audit.end").write_text("of another log")
+    assert check_log(copy, key)["end_file"] == "from-st-anna.end"
 
 
 def test_a_log_that_does_not_hold_a_receipts_entry_was_cut(home, tmp_path):

@@ -48,6 +48,43 @@ def test_an_init_that_broke_off_keeps_its_keys(home):
     assert new_home(home.root).master_key == key
 
 
+def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_was(tmp_path):
+    for name in ("notes.txt", "models/weights.bin", "keys/id_ed25519", ".hidden"):
+        root = tmp_path / name.replace("/", "-")
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text("mine")
+        root.chmod(0o755)
+        before = sorted(root.rglob("*"))
+        with pytest.raises(ConfigError, match="is no node") as caught:
+            new_home(root)
+        assert "empty folder" in str(caught.value.hint)
+        assert "\n" not in str(caught.value)
+        assert stat.S_IMODE(root.stat().st_mode) == 0o755
+        assert sorted(root.rglob("*")) == before
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match="is no node"):
+        new_home(file)
+
+
+def test_an_empty_folder_or_one_with_the_rules_laid_ready_becomes_a_node(tmp_path):
+    empty, ready = tmp_path / "empty", tmp_path / "ready"
+    for root in (empty, ready):
+        root.mkdir(mode=0o755)
+    (ready / "policy.yaml").write_text("# ours\n")
+    assert stat.S_IMODE(new_home(empty).root.stat().st_mode) == 0o700
+    assert new_home(ready).policy_file.read_text() == "# ours\n"
+
+
+def test_an_init_that_was_killed_before_its_keys_were_whole_goes_on(tmp_path):
+    root = tmp_path / "node"
+    for name in ("keys", "vault", "models", "run"):
+        (root / name).mkdir(parents=True)
+    (root / "keys/node.key").write_bytes(b"half")
+    (root / "keys/.writing-abc").write_bytes(b"")
+    assert new_home(root).node_public_key().startswith("ecdsa-sha2-nistp384 ")
+
+
 @pytest.mark.parametrize("how", ["missing", "short", "other"])
 @pytest.mark.parametrize("name", ["master.key", "identity.key", "node.key"])
 def test_a_key_that_is_not_whole_is_named(home, name, how):

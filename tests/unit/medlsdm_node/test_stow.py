@@ -527,3 +527,48 @@ def test_mutated_uploads_are_answered_and_leave_nothing_half_written(home, study
         assert min(seen[400], seen[200] + seen[202]) > 5
         assert post(door, whole).status_code == 200
     assert capfd.readouterr().err == ""
+
+
+def test_files_that_receive_yaml_names_are_found_from_the_nodes_folder(home, rules, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    certificate, key = self_signed(home.root / "certs", "ours")
+    token = home.root / "certs/token"
+    token.write_text("t" * 40)
+    token.chmod(0o600)
+    tls = {name: str(path.relative_to(home.root)) for name, path in (
+        ("certificate", certificate), ("key", key), ("client_ca", certificate))}  # fmt: skip
+    web = rules | {"tls": tls, "token_file": "certs/token"}
+    file = home.root / "receive.yaml"
+    file.write_text(json.dumps({"calling": ["PACS"], "addresses": ["127.0.0.1"], "tls": tls, "web": web}))
+    found = load_receive(home)
+    assert found.tls is not None
+    assert found.web is not None
+    assert found.web.tls is not None
+    assert (found.tls.certificate, found.web.tls.client_ca) == (certificate, certificate)
+    found.tls.context()
+    found.web.tls.context("web.tls")
+    assert found.web.token() == b"t" * 40
+    file.write_text(json.dumps({"web": web | {"token_file": str(token)}}))
+    absolute = load_receive(home).web
+    assert absolute is not None
+    assert absolute.token_file == token
+
+
+@pytest.mark.parametrize("name", ["certificate", "key", "client_ca"])
+def test_a_tls_file_that_cannot_be_used_is_named_by_its_setting(home, rules, tmp_path, name):
+    certificate, key = self_signed(tmp_path / "certs", "ours")
+    good = {"certificate": str(certificate), "key": str(key), "client_ca": str(certificate)}
+    bad = tmp_path / "bad.pem"
+    for wrong in (None, "not PEM"):
+        if wrong:
+            bad.write_text(wrong)
+            bad.chmod(0o600)
+        settings = WebSettings.model_validate(rules | {"port": 0, "tls": good | {name: str(bad)}})
+        assert settings.tls is not None
+        with pytest.raises(ConfigError, match=rf" tls\.({name}|certificate and tls\.key) ") as caught:
+            settings.tls.context()
+        assert str(bad) not in str(caught.value)
+        with pytest.raises(ConfigError, match=rf"web\.tls\.{name if wrong is None else ''}"):
+            WebDoor(Spool(home), ReceiveSettings(), settings).start()
+    with pytest.raises(ConfigError, match=r"web\.token_file"):
+        WebSettings.model_validate(rules | {"token_file": str(tmp_path / "none")}).token()
