@@ -95,7 +95,7 @@ def ingest(
     if as_json:
         print_json(result.to_json())
         return
-    print(f"{result.pairs} scans of {result.patients} patients are in the vault ({result.seconds:.1f} s).")
+    print(f"{result.pairs} scans of {result.patients} patients went into the vault ({result.seconds:.1f} s).")
     for reason, count in sorted(result.held.items()):
         print(f"  held: {count} x {reason}")
     for note in result.notes:

@@ -112,7 +112,7 @@ class PullResult:
         fetched = sum(self.outcomes.values())
         lines = [
             f"{self.studies} studies of {self.instances} instances: {fetched} fetched, {self.known} were here already.",
-            f"{self.pairs} scans are in the vault, {self.held} files or series held ({self.seconds:.1f} s).",
+            f"{self.pairs} scans went into the vault, {self.held} files or series held ({self.seconds:.1f} s).",
         ]
         lines += [f"  {outcome}: {count}" for outcome, count in sorted(self.outcomes.items()) if outcome != "stored"]
         lines += [f"  refused: {count} x {reason}" for reason, count in sorted(self.refused.items())]
