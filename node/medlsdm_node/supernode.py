@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,7 @@ class SuperNode:
     def __init__(self, home: NodeHome, coordinator: Coordinator) -> None:
         self.home, self.coordinator = home, coordinator
         self.process: subprocess.Popen[bytes] | None = None
+        self.guard: subprocess.Popen[bytes] | None = None
         self.stopping = False
 
     def start(self) -> None:
@@ -97,6 +99,10 @@ class SuperNode:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_confine,
+        )  # fmt: skip
+        self.guard = subprocess.Popen(
+            [sys.executable, "-m", "medlsdm_node.guard", str(os.getpid()), str(self.process.pid)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
     def watch(self, on_tick: Callable[[], None], tick_s: float = 1.0) -> None:
