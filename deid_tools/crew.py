@@ -47,14 +47,14 @@ def deaf_to_stops() -> Iterator[None]:
 
 
 @contextmanager
-def time_limit(seconds: float = FILE_SECONDS) -> Iterator[None]:
-    """Raise a Refusal where the block takes longer; in the main thread only, elsewhere there is no limit."""
+def time_limit(seconds: float = FILE_SECONDS, error: Exception | None = None) -> Iterator[None]:
+    """Raise ``error``, or a Refusal, where the block takes longer; in the main thread only, elsewhere is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Refusal(_TOO_LONG)
+        raise error or Refusal(_TOO_LONG)
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from deid_tools.crew import time_limit
 from medlsdm.errors import ConfigError, DataError, NetworkError, UsageError
 from medlsdm_node.multipart import MultipartReader, boundary_of, parse_type
 from medlsdm_node.part10 import is_uid
@@ -233,25 +234,6 @@ class _Silent(Exception):
     """End a request that brings no content. No OSError: urllib3 would take it for a broken line, and ask again."""
 
 
-@contextmanager
-def _not_forever() -> Iterator[None]:
-    """Let a request end where no content comes for too long; in the main thread only, elsewhere there is no limit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise _Silent
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SILENCE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _content_came() -> None:
     """Begin to count the silence anew, where it is counted."""
     if threading.current_thread() is threading.main_thread() and signal.getitimer(signal.ITIMER_REAL)[0]:
@@ -262,7 +244,7 @@ def _content_came() -> None:
 def _told() -> Iterator[None]:
     """Turn what the libraries raise, which quotes addresses and answers, into errors of our own."""
     try:
-        with _not_forever():
+        with time_limit(SILENCE_SECONDS, _Silent()):
             yield
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
