@@ -324,8 +324,8 @@ def foreign_app(folder: Path, marker: Path, answers: Path) -> Path:
     (app / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
         '[project]\nname = "foreign"\nversion = "1.0.0"\ndescription = "x"\nlicense = { file = "LICENSE" }\n'
-        'dependencies = ["flwr>=1.41,<1.43"]\n[tool.hatch.build.targets.wheel]\npackages = ["foreign"]\n'
-        '[tool.flwr.app]\npublisher = "somebody"\nfab-format-version = 1\nflwr-version-target = "1.41.0"\n'
+        'dependencies = ["flwr>=1.42,<1.43"]\n[tool.hatch.build.targets.wheel]\npackages = ["foreign"]\n'
+        '[tool.flwr.app]\npublisher = "somebody"\nfab-format-version = 1\nflwr-version-target = "1.42.0"\n'
         '[tool.flwr.app.components]\nserverapp = "foreign.server:app"\nclientapp = "foreign.client:app"\n'
     )
     (app / "foreign/client.py").write_text(
