@@ -1,11 +1,18 @@
-"""What a coordinator launches: the plan of a whole training, and the diary that its rounds write."""
+"""What a coordinator launches: the plan of a whole training, the diary that its rounds write, and who leads it.
+
+The diary says what happened; the lock says what is so: whoever leads a launch holds it, and it is let go of by whatever
+end of that process.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medlsdm.checks import write_atomic
 from medlsdm.config import config_folder
-from medlsdm.errors import ConfigError
+from medlsdm.errors import BusyError, ConfigError, ResourceError
 from medlsdm.types import Modality
 from medlsdm_server.home import ServerHome
+from medlsdm_server.strategy import Strategy
 
 
 class StagePlan(BaseModel):
@@ -30,8 +38,10 @@ class StagePlan(BaseModel):
 class FederationPlan(BaseModel):
     """Settle one training: model preset, label schema, rounds of both stages, who must be there.
 
-    ``deadline_s`` is how long a round waits for its sites, ``gather_s`` how long it waits for
-    ``sites`` of them to be online before it gives up.
+    ``deadline_s`` is how long a round waits for its sites, ``gather_s`` how long it waits for ``sites`` of them to be
+    online before it gives up. Once ``quorum`` sites have replied (default: half of them, at least two), the others have
+    at most twice the median site's time. ``update_bound`` refuses an update that is so many times longer than the usual
+    one (null: none is). ``keep`` checkpoints are kept beside the latest, the best and the last of stage 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +54,15 @@ class FederationPlan(BaseModel):
     deadline_s: float = Field(default=3600, gt=0)
     gather_s: float = Field(default=600, gt=0)
     seed: int = 0
+    quorum: int | None = Field(default=None, ge=1, le=1000)
+    strategy: Strategy = Strategy()
+    update_bound: float | None = Field(default=10.0, gt=1)
+    keep: int = Field(default=3, ge=0, le=10_000)
+
+    @property
+    def enough(self) -> int:
+        """Return how many usable replies make a round."""
+        return min(self.quorum or max(2, -(-self.sites // 2)), self.sites)
 
 
 class Launch(FederationPlan):
@@ -91,19 +110,76 @@ def read_launch(home: ServerHome, identity: str) -> Launch:
 
 
 def note(home: ServerHome, identity: str, event: str, **fields: Any) -> None:
-    """Add one line to the diary of a launch."""
+    """Add one line to the diary of a launch.
+
+    Raises:
+        ResourceError: There is no room for it.
+    """
     line = json.dumps({"time": time.time(), "event": event} | fields)
-    with (home.launches / f"{identity}.diary.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with _diary(home, identity).open("ab+") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            if end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":
+                stream.write(b"\n")  # a line that a loss of power tore
+            stream.write(line.encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise ResourceError(f"The diary could not be written ({error.strerror}).", "Check free space.") from error
 
 
 def read_events(home: ServerHome, identity: str) -> list[dict[str, Any]]:
-    """Return the diary of a launch, oldest first; a line that is being written is left out."""
-    path = home.launches / f"{identity}.diary.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the diary of a launch, oldest first; a line that is being written, or was torn, is left out."""
+    path = _diary(home, identity)
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events
+
+
+def launches(home: ServerHome) -> list[str]:
+    """Return the ids of every launch, oldest first."""
+    return sorted(p.name.removesuffix(".spec.json") for p in home.launches.glob("*.spec.json"))
+
+
+@contextmanager
+def leading(home: ServerHome, identity: str) -> Iterator[None]:
+    """Hold the lock of a launch, so that one process alone leads it.
+
+    Raises:
+        BusyError: Another one does.
+    """
+    with _lock(home, identity).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(f"The launch {identity} is led by another process already.", "Wait for it.") from error
+        yield
+
+
+def is_led(home: ServerHome, identity: str) -> bool:
+    """Tell whether some process leads the launch at this moment."""
+    try:
+        with _lock(home, identity).open("r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _lock(home: ServerHome, identity: str) -> Path:
+    return home.launches / f"{Path(identity).name}.lock"
+
+
+def _diary(home: ServerHome, identity: str) -> Path:
+    return home.launches / f"{Path(identity).name}.diary.jsonl"
 
 
 def _spec(home: ServerHome, identity: str) -> Path:
