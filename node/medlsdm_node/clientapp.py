@@ -13,7 +13,8 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from medlsdm.errors import MedlsdmError
+from medlsdm.errors import MedlsdmError, ResourceError
+from medlsdm.federation.helpers import rotate
 from medlsdm.federation.plan import RoundPlan
 from medlsdm_node.home import NodeHome
 from medlsdm_node.rounds import run_round
@@ -33,12 +34,15 @@ def train(message: Message, context: Context) -> Message:
         plan = RoundPlan.from_json(str(message.content["config"]["plan"]))  # type: ignore[index]
         arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}  # type: ignore[union-attr]
         with home.locked("round"):
-            write_activity(home, "starting", stage=plan.stage, round=plan.round, rounds=plan.rounds)
+            write_activity(home, "starting", model=plan.model, stage=plan.stage, round=plan.round, rounds=plan.rounds)
             trained, reply = run_round(home, plan, arrays)
     except MedlsdmError as error:
         return _refusal(home, message, error, str(error))
     except MemoryError:
-        return _refusal(home, message, MedlsdmError("Memory ran out."), "Memory ran out: use a smaller preset.")
+        return _refusal(home, message, ResourceError("Memory ran out.", "Use a smaller preset."), "Memory ran out.")
+    except OSError as error:
+        full = ResourceError(f"A file of the node could not be written ({error.strerror}).", "Check free space.")
+        return _refusal(home, message, full, traceback.format_exc())
     except Exception as error:
         unexpected = MedlsdmError(f"Unexpected {type(error).__name__}.")
         return _refusal(home, message, unexpected, traceback.format_exc())
@@ -71,10 +75,14 @@ def _end_with_parent() -> None:
 
 
 def _refusal(home: NodeHome, message: Message, error: MedlsdmError, local: str) -> Message:
-    """Keep the full story on this machine; send the public sentence."""
-    with (home.logs / "rounds.log").open("a", encoding="utf-8") as stream:
-        stream.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {error.code}: {local}\n")
-    write_activity(home, "refused", reason=error.message)
+    """Keep the full story on this machine, if it has room for it; send the public sentence in any case."""
+    try:
+        rotate(home.logs / "rounds.log")
+        with (home.logs / "rounds.log").open("a", encoding="utf-8") as stream:
+            stream.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {error.code}: {local}\n")
+        write_activity(home, "refused", reason=error.message)
+    except (OSError, MedlsdmError):
+        print(f"{error.code}: {error.message} (and the log cannot be written)", file=sys.stderr)
     return Message(Error(error.exit_status, error.public_text), reply_to=message)
 
 

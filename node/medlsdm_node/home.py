@@ -61,6 +61,7 @@ class NodeHome:
         self.vault = self.root / "vault"
         self.models = self.root / "models"
         self.server_file, self.ca_cert = self.root / "server.json", self.root / "ca.crt"
+        self.tls_file = self.keys / "site.pem"  # the certificate that the coordinator gave us, with its key
         self.flwr = self.root / "flower"
         self.logs = self.root / "logs"
         self.run = self.root / "run"
@@ -156,6 +157,11 @@ class NodeHome:
         except ValueError as error:
             raise _damaged(self.node_key.name) from error
         return public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+    def node_private_pem(self) -> bytes:
+        """Return the same key's private half as PEM, as TLS wants it beside the site's certificate."""
+        key = load_ssh_private_key(self._stored(self.node_key.name), None)
+        return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
     def _key(self, name: str) -> bytes:
         content = self._stored(name)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medlsdm.errors import EnrolmentError, MedlsdmError, UsageError
+from medlsdm.errors import EnrolmentError, MedlsdmError, NetworkError, UsageError
 from medlsdm.federation.identity import Invitation, public_hex, shown
 from medlsdm_node.coordinator import Coordinator, ServerAddress
 from medlsdm_node.home import NodeHome, NodeSettings
 from medlsdm_node.policy import load_policy
-from medlsdm_node.status import read_activity, write_activity
+from medlsdm_node.status import ROUND_ACTIVITIES, read_activity, write_activity
 from medlsdm_node.working import wipe_leftovers
 
 ASK_SECONDS = 2.0
@@ -50,13 +50,22 @@ def prepare(
     fresh = not home.ca_cert.exists()
     try:
         coordinator.pin(invitation.ca if invitation else None, _confirm)
-        coordinator.enrol(invitation)
+        _enrol(coordinator, invitation, fresh)
     except MedlsdmError:
         if fresh:
             coordinator.unpin()
         raise
     home.audit.append("joined", server=str(coordinator.address))
     return coordinator
+
+
+def _enrol(coordinator: Coordinator, invitation: Invitation | None, fresh: bool) -> None:
+    """Enrol. A node that has been here before goes on even while the coordinator cannot be reached."""
+    try:
+        coordinator.enrol(invitation)
+    except NetworkError:
+        if fresh:
+            raise
 
 
 def _confirm(found: str) -> bool:
@@ -75,7 +84,7 @@ def serve(home: NodeHome, coordinator: Coordinator, say: Callable[[str], None]) 
     with home.locked("join"):
         if left := wipe_leftovers(home):
             say(f"{left} folders that an earlier run left in clear when it was killed were deleted.")
-        node = SuperNode(home, coordinator)
+        node = SuperNode(home, coordinator, say)
 
         def stop(*_: Any) -> None:
             node.stopping = True
@@ -88,7 +97,7 @@ def serve(home: NodeHome, coordinator: Coordinator, say: Callable[[str], None]) 
                 archive = install_app(home)
                 write_activity(home, "waiting")
                 say(f"{home.settings.site} serves {coordinator.address} with the app {archive}. Ctrl-C stops it.")
-                node.watch(_announcer(home, say))
+                node.watch(_announcer(home, node, say))
         finally:
             node.stop()
             write_activity(home, "stopped")
@@ -96,21 +105,30 @@ def serve(home: NodeHome, coordinator: Coordinator, say: Callable[[str], None]) 
 
 
 def _wait_for_admission(home: NodeHome, coordinator: Coordinator, node: Any, say: Callable[[str], None]) -> None:
-    told = False
-    while not node.stopping and coordinator.status() != "admitted":
-        if not told:
-            say(f"Waiting for the coordinator to admit this site. Its key: {shown(public_hex(home.identity))}")
-            told = True
+    """Ask until the coordinator has admitted this site, however long it cannot be reached."""
+    told = ""
+    while not node.stopping:
+        try:
+            if coordinator.status() == "admitted":
+                return
+            news = f"Waiting for the coordinator to admit this site. Its key: {shown(public_hex(home.identity))}"
+        except NetworkError as error:
+            news = f"{error} Trying again."
+        if news != told:
+            say(news)
+            told = news
         time.sleep(ASK_SECONDS)
 
 
-def _announcer(home: NodeHome, say: Callable[[str], None]) -> Callable[[], None]:
-    """Return what says a line whenever the node begins or ends something."""
+def _announcer(home: NodeHome, node: Any, say: Callable[[str], None]) -> Callable[[], None]:
+    """Return what says a line whenever the node begins or ends something, and notes when it waits again."""
     last: tuple[Any, ...] = ()
 
     def tick() -> None:
         nonlocal last
         now = read_activity(home)
+        if now["activity"] in ROUND_ACTIVITIES and node.waits:
+            write_activity(home, "waiting")
         key = (now["activity"], now.get("stage"), now.get("round"))
         if key != last and now["activity"] in ("training", "encoding", "refused"):
             where = f"{now.get('stage')} round {now.get('round')}/{now.get('rounds')}" if "stage" in now else ""

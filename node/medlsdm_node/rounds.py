@@ -52,7 +52,7 @@ def run_round(home: NodeHome, plan: RoundPlan, arrays: Arrays) -> tuple[Arrays, 
     trainer = _stage1 if plan.stage is Stage.STAGE1 else _stage2
     trained, loss = trainer(home, vault, plan, arrays)
     seconds = time.monotonic() - started
-    write_activity(home, "waiting", stage=plan.stage, round=plan.round, rounds=plan.rounds)
+    write_activity(home, "sending", model=plan.model, stage=plan.stage, round=plan.round, rounds=plan.rounds)
     reply = RoundReply(
         weight=policy.declared_weight(len(subjects)),
         loss=round(loss, 5) if policy.share_loss else None,
@@ -134,7 +134,7 @@ def _latents(home: NodeHome, vault: Vault, plan: RoundPlan, preset: Preset) -> L
     name = hashlib.sha256(names.encode()).hexdigest()[:32]
     if name in vault.names(LATENTS):
         return LatentSet(**load(vault.get(LATENTS, name)))
-    write_activity(home, "encoding", stage=plan.stage, round=plan.round, rounds=plan.rounds)
+    write_activity(home, "encoding", model=plan.model, stage=plan.stage, round=plan.round, rounds=plan.rounds)
     folder = Coordinator.joined(home).fetch_model(plan.autoencoder)
     autoencoder = load_checkpoint(folder).build_autoencoder()
     latents = encode_latents(autoencoder, _data(vault, preset))
@@ -160,7 +160,14 @@ def _reporter(home: NodeHome, plan: RoundPlan) -> Callable[[Progress], None]:
             stream.write(json.dumps({"model": plan.model} | row) + "\n")
         left = (now - started) / max(done, 1) * (plan.steps - done)
         write_activity(
-            home, "training", **row, rounds=plan.rounds, steps=plan.steps, done=done, seconds_left=round(left, 1)
+            home,
+            "training",
+            model=plan.model,
+            **row,
+            rounds=plan.rounds,
+            steps=plan.steps,
+            done=done,
+            seconds_left=round(left, 1),
         )
 
     return report

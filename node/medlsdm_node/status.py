@@ -11,6 +11,7 @@ from medlsdm.errors import ConfigError
 from medlsdm_node.home import NodeHome
 
 WATCH_SECONDS = 0.5
+ROUND_ACTIVITIES = ("starting", "encoding", "training", "sending", "refused")  # what a coordinator may know of
 
 
 def write_activity(home: NodeHome, activity: str, **fields: Any) -> None:
@@ -21,8 +22,10 @@ def write_activity(home: NodeHome, activity: str, **fields: Any) -> None:
 
 def read_activity(home: NodeHome) -> dict[str, Any]:
     """Return what the node does now."""
-    path = home.run / "activity.json"
-    return json.loads(path.read_bytes()) if path.exists() else {"activity": "idle", "time": 0}
+    try:
+        return json.loads((home.run / "activity.json").read_bytes())
+    except (OSError, ValueError):
+        return {"activity": "idle", "time": 0}
 
 
 def watch_activity(home: NodeHome) -> NoReturn:

@@ -10,28 +10,30 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from medlsdm.errors import EnrolmentError, RoundError
+from medlsdm.errors import NetworkError, RoundError
 from medlsdm.federation.app import (
     build_archive,
     die_with_parent,
-    end_group,
     flower_environment,
     free_port,
     obey_file_modes,
     program,
 )
+from medlsdm.federation.helpers import Helper, shims, stop
+from medlsdm.federation.starter import PID_FILE_VARIABLE
 from medlsdm_node.coordinator import Coordinator
+from medlsdm_node.forwarder import Forwarder
 from medlsdm_node.home import HOME_VARIABLE, NodeHome
+from medlsdm_node.status import read_activity
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S, PATIENCE_S = 2.0, 30.0, 180.0
-STOP_SECONDS = 20
+SILENT_SECONDS = 90.0  # without a good call a SuperNode is started anew
+AWAY_SECONDS, ASK_SECONDS, LOST_SECONDS = 30.0, 10.0, 5.0
 
 
 def install_app(home: NodeHome) -> str:
@@ -70,72 +72,130 @@ def _confine() -> None:
 
 
 class SuperNode:
-    """Keep ``flower-supernode`` running; pause longer after each failure."""
+    """Keep Flower's SuperNode and its SuperExec running, judged by what they achieve and not by being there."""
 
-    def __init__(self, home: NodeHome, coordinator: Coordinator) -> None:
-        self.home, self.coordinator = home, coordinator
-        self.process: subprocess.Popen[bytes] | None = None
-        self.guard: subprocess.Popen[bytes] | None = None
+    def __init__(self, home: NodeHome, coordinator: Coordinator, say: Callable[[str], None]) -> None:
+        self.home, self.coordinator, self.say = home, coordinator, say
+        self.forwarder = Forwarder(home, coordinator)
+        self.port = free_port()
+        self.node = self._helper(self._node_command, "supernode.log")
+        self.executor = self._helper(self._executor_command, "superexec.log")
+        self.app = AppWatch(home)
         self.stopping = False
+        self._away = False
+        self._asked = time.monotonic()
 
-    def start(self) -> None:
-        """Start the process; its output goes to ``logs/supernode.log``."""
-        log_file = (self.home.logs / "supernode.log").open("ab")
-        threads = self.home.settings.threads
-        limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
-        self.process = subprocess.Popen(
-            [
-                program("flower-supernode"),
-                "--superlink", str(self.coordinator.address),
-                "--root-certificates", str(self.home.ca_cert),
-                "--auth-supernode-private-key", str(self.home.node_key),
-                "--host", "127.0.0.1",
-                "--port", str(free_port()),
-            ],
-            cwd=self.home.run,
-            env=flower_environment(self.home.flwr, **{HOME_VARIABLE: str(self.home.root)}, **limits),
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_confine,
+    def _helper(self, command: Callable[[], list[str]], log_name: str) -> Helper:
+        home, threads = self.home, str(self.home.settings.threads)
+        limits = {} if threads == "0" else {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        extra = {HOME_VARIABLE: str(home.root), PID_FILE_VARIABLE: str(home.run / "app.pid")} | limits
+        return Helper(
+            command, log=home.logs / log_name, cwd=home.run, confine=_confine,
+            environment=lambda: flower_environment(home.flwr, shims(home.run / "programs"), **extra),
         )  # fmt: skip
-        self.guard = subprocess.Popen(
-            [sys.executable, "-m", "medlsdm_node.guard", str(os.getpid()), str(self.process.pid)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+
+    def _node_command(self) -> list[str]:
+        return [
+            program("flower-supernode"),
+            "--superlink", f"127.0.0.1:{self.forwarder.port}",
+            "--root-certificates", str(self.forwarder.certificate),
+            "--auth-supernode-private-key", str(self.home.node_key),
+            "--isolation", "process",
+            "--host", "127.0.0.1",
+            "--port", str(self.port),
+        ]  # fmt: skip
+
+    def _executor_command(self) -> list[str]:
+        address = f"127.0.0.1:{self.port}"
+        return [program("flower-superexec"), "--insecure", "--runtime-api-address", address]
 
     def watch(self, on_tick: Callable[[], None], tick_s: float = 1.0) -> None:
-        """Run until ``stop``; restart after crashes, give up when refused for too long.
+        """Run until ``stop``; start again whatever ends or achieves nothing.
 
         Raises:
-            EnrolmentError: The coordinator does not know this site any more.
-            RoundError: It keeps failing.
+            EnrolmentError: The coordinator does not take this site any more.
         """
-        pause, failing_since = FIRST_PAUSE_S, None
+        self.forwarder.start()
         while not self.stopping:
-            if self.process is None:
-                self.start()
-            assert self.process is not None
-            status = self.process.poll()
-            if status is None:
-                on_tick()
-                time.sleep(tick_s)
-                continue
-            end_group(self.process, STOP_SECONDS)
-            self.process = None
-            now = time.monotonic()
-            failing_since = failing_since or now
-            log.warning("flower-supernode ended with status %s; again in %.0f s", status, pause)
-            if now - failing_since > PATIENCE_S:
-                if self.coordinator.status() != "admitted":
-                    raise EnrolmentError("The coordinator has not admitted this site.", "Ask the coordinator.")
-                raise RoundError("flower-supernode keeps failing.", f"See {self.home.logs / 'supernode.log'}.")
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+            for helper, name in ((self.node, "flower-supernode"), (self.executor, "flower-superexec")):
+                if (status := helper.tend()) is not None:
+                    log.warning("%s ended with status %s; again in %.0f s", name, status, helper.pause)
+            self._judge()
+            on_tick()
+            time.sleep(tick_s)
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether the SuperNode has no work: it asked for some just now and got none."""
+        return not self.forwarder.busy and time.monotonic() - self.forwarder.pull < 2 * ASK_SECONDS
+
+    def _judge(self) -> None:
+        """Start the SuperNode anew when it achieves nothing though the coordinator can be reached."""
+        now, way = time.monotonic(), self.forwarder
+        if way.refusal:
+            self._ask()
+        if self.app.lost(busy=way.busy):
+            self.say("The training program ended before its time; the round is asked for again.")
+            self._again()
+        elif self.node.alive and now - max(way.asked, self.node.started) > SILENT_SECONDS:
+            self.say("Flower's SuperNode has gone silent; it is started again.")
+            self._again()
+        last = way.contact if way.busy else way.pull
+        silent = now - max(last, self.node.started)
+        if silent > SILENT_SECONDS and self._ask():
+            self.say("Flower's SuperNode gets no work though the coordinator answers; it is started again.")
+            self._again()
+        if (away := now - way.contact > AWAY_SECONDS) != self._away:
+            self._away = away
+            self.say("No contact with the coordinator; trying again." if away else "In contact with the coordinator.")
+
+    def _ask(self) -> bool:
+        """Ask the coordinator how this site stands, at most every ten seconds; return whether it answered well.
+
+        Raises:
+            EnrolmentError: It refuses this site.
+        """
+        if time.monotonic() - self._asked < ASK_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        try:
+            return self.coordinator.status() == "admitted"
+        except NetworkError:
+            return False
+
+    def _again(self) -> None:
+        self.node.again()
+        self.executor.again()
+        self.app.forget()
+        self.forwarder.begin_again()
 
     def stop(self) -> None:
         """End it gently, so that the coordinator lets it come back at once."""
         self.stopping = True
-        if self.process is not None:
-            end_group(self.process, STOP_SECONDS)
+        stop([self.executor, self.node])
+        self.forwarder.stop()
+
+
+class AppWatch:
+    """Notice that the program of a round was killed before it had an answer. Flower alone takes a minute."""
+
+    def __init__(self, home: NodeHome) -> None:
+        self.home, self.file = home, home.run / "app.pid"
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.file.unlink(missing_ok=True)
+        self.ended = 0.0
+
+    def lost(self, *, busy: bool) -> bool:
+        """Tell whether a message waits for an answer that nobody will give."""
+        try:
+            pid = int(self.file.read_text())
+        except (OSError, ValueError):
+            return False
+        if not busy or Path(f"/proc/{pid}").exists() or read_activity(self.home)["activity"] in ("sending", "refused"):
+            self.ended = 0.0
+            return False
+        self.ended = self.ended or time.monotonic()
+        return time.monotonic() - self.ended > LOST_SECONDS
