@@ -162,3 +162,14 @@ class RoundError(MedlsdmError):
     code = "round"
     exit_status = 13
     public_text = "the round failed at the site"
+
+
+UNTOLD = "the site met an error that it may not describe"
+
+
+def public_texts() -> frozenset[str]:
+    """Return every sentence about an error that may cross the network."""
+    kinds = [MedlsdmError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return frozenset(kind.public_text for kind in kinds) | {UNTOLD}

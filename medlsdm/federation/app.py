@@ -21,6 +21,7 @@ from medlsdm.errors import ConfigError, RoundError
 APP_FOLDER = Path(__file__).parent / "flower_app"
 
 HELPER_SECONDS = 3.0
+CHUNK_BYTES = 512 * 1024  # of an array that travels: what a broken transfer sends twice at most
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 1, 24
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 
@@ -78,14 +79,19 @@ def program(name: str) -> str:
     return found
 
 
-def flower_environment(flwr_home: Path, **extra: str) -> dict[str, str]:
-    """Return the environment for any Flower process: no telemetry, no update check, own home, our programs first."""
+def flower_environment(flwr_home: Path, *first: Path, **extra: str) -> dict[str, str]:
+    """Return the environment for any Flower process: no telemetry, no update check, own home, our programs first.
+
+    ``first`` are folders whose programs go before the installed ones.
+    """
+    folders = [*map(str, first), sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
     return os.environ | {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(flwr_home),
-        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),  # Flower starts its own
+        "PATH": os.pathsep.join(folders),  # Flower starts its own
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
         "PYTHONWARNINGS": "ignore",
         "NO_COLOR": "1",
         **extra,
