@@ -52,7 +52,8 @@ def beat(arguments: list[str], until: float) -> None:
             if error.code in (401, 403):
                 return  # the task is done, or another has it
         except OSError:
-            pass  # not now: the next beat will tell
+            time.sleep(BEAT_SECONDS / 4)  # not now: the next beat will tell
+            continue
         time.sleep(BEAT_SECONDS)
 
 

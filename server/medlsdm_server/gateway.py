@@ -67,7 +67,7 @@ class Gateway:
         self._registering = asyncio.Lock()
         self._handed: dict[str, bytes] = {}  # work that a site was given and has not begun to fetch
         self._stored: dict[str, set[tuple[str, str]]] = {}  # objects of a site's newest message that have arrived
-        self._refresh()
+        self.refresh()
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -110,7 +110,7 @@ class Gateway:
         while True:
             await asyncio.sleep(TEND_SECONDS)
             try:
-                await asyncio.to_thread(self._refresh)
+                await asyncio.to_thread(self.refresh)
                 admitted = {s.name for s in self.sites.values() if s.status == ADMITTED}
                 self.end_connections(admitted)
                 for site in [s for s in self.sites.values() if s.node_id and s.name not in admitted]:
@@ -119,7 +119,8 @@ class Gateway:
             except (OSError, MedlsdmError) as error:
                 log.warning("the registry or the contacts could not be kept up to date: %s", type(error).__name__)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Read the registry anew if somebody changed it."""
         version = self.registry.version()
         if version != self._version:
             self.sites = {s.name: s for s in self.registry.sites()}
@@ -171,7 +172,7 @@ class Gateway:
         verify_request(wanted.identity, request.headers, "POST", request.url.path, body=body, seen=self.nonces)
         address = request.client.host if request.client else ""
         site = await asyncio.to_thread(self.registry.enrol, wanted, address)
-        await asyncio.to_thread(self._refresh)
+        await asyncio.to_thread(self.refresh)
         log.info("site %s is %s", site.name, site.status)
         return JSONResponse(EnrolReply(**self._standing(site)).model_dump())
 
@@ -226,7 +227,7 @@ class Gateway:
         site, digest = self._known(request)
         if site.status != ADMITTED:
             raise EnrolmentError(f"The coordinator lists this site as {site.status}.", "Wait, or ask the coordinator.")
-        if self.certified(request.scope["state"].get("certificate", b"")) != site.name:
+        if self.certified(request.scope.get("state", {}).get("certificate", b"")) != site.name:
             raise EnrolmentError("The connection shows no valid certificate of this site.", "Start the node again.")
         return site, digest
 

@@ -144,7 +144,8 @@ def read_events(home: ServerHome, identity: str) -> list[dict[str, Any]]:
 
 def launches(home: ServerHome) -> list[str]:
     """Return the ids of every launch, oldest first."""
-    return sorted(p.name.removesuffix(".spec.json") for p in home.launches.glob("*.spec.json"))
+    specs = sorted(home.launches.glob("*.spec.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    return [p.name.removesuffix(".spec.json") for p in specs]
 
 
 @contextmanager

@@ -230,13 +230,13 @@ def _insert(database: sqlite3.Connection, request: EnrolRequest, known: Site | N
     if request.token:
         query = f"SELECT replaces FROM invitations WHERE {_VALID}"  # noqa: S608  # constants
         row = database.execute(query, _token(request)).fetchone()
-        if row is None:
-            raise EnrolmentError(
-                "The invitation is unknown, used up, expired or for another site.", "Ask the coordinator for a new one."
-            )
-        if known is not None and known.status != PENDING and not row[0]:
+        if known is not None and known.status == ADMITTED and not (row and row[0]):
             raise EnrolmentError(
                 f"The name {request.site} belongs to a site with other keys.", "Ask the coordinator for another name."
+            )
+        if row is None or (known is not None and known.status == REVOKED and not row[0]):
+            raise EnrolmentError(
+                "The invitation is unknown, used up, expired or for another site.", "Ask the coordinator for a new one."
             )
         database.execute("UPDATE invitations SET used = 1 WHERE digest = ?", _token(request)[:1])
         database.execute("DELETE FROM sites WHERE name = ?", (request.site,))

@@ -18,7 +18,8 @@ FAMILY = """
 import subprocess, sys, time, signal
 for number in (2, 15):
     signal.signal(number, lambda *_: None)
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, lambda *_: None); time.sleep(300)"])
+deaf = "import signal, time; signal.signal(15, lambda *_: None); time.sleep(300)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
 print(child.pid, flush=True)
 time.sleep(300)
 """
@@ -87,7 +88,8 @@ def test_a_program_and_its_children_end_when_we_are_killed(tmp_path):
 import os, sys, time
 from pathlib import Path
 from medlsdm.federation.helpers import Helper
-h = Helper(lambda: [sys.executable, "-c", {FAMILY!r}], log=Path({str(tmp_path / "log")!r}), cwd=Path("/"), environment=lambda: os.environ)
+log = Path({str(tmp_path / "log")!r})
+h = Helper(lambda: [sys.executable, "-c", {FAMILY!r}], log=log, cwd=Path("/"), environment=lambda: os.environ)
 h.start()
 time.sleep(300)
 """

@@ -9,8 +9,11 @@ import sys
 import time
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from medlsdm_server import door
+from medlsdm_server.authority import issue_site_certificate
 
 SERVER = """
 import asyncio, ssl, sys
@@ -33,9 +36,12 @@ async def ignore(request):
 listener = Listener()
 listener.open(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
-app = Starlette(routes=[Route("/", answer), Route("/body", answer, methods=["POST"]), Route("/no", ignore, methods=["POST"])])
-config = uvicorn.Config(app, loop="asyncio", http=door.door(listener, lambda der: "site-a"), ws="none", lifespan="off",
-    log_config=None, ssl_certfile=sys.argv[1], ssl_keyfile=sys.argv[2], ssl_ca_certs=sys.argv[3], ssl_cert_reqs=ssl.CERT_OPTIONAL)
+posts = [Route("/body", answer, methods=["POST"]), Route("/no", ignore, methods=["POST"])]
+app = Starlette(routes=[Route("/", answer), *posts])
+protocol = door.door(listener, lambda der: "site-a")
+tls = dict(zip(("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"), sys.argv[1:], strict=True))
+config = uvicorn.Config(app, loop="asyncio", http=protocol, ws="none", lifespan="off", log_config=None,
+    ssl_cert_reqs=ssl.CERT_OPTIONAL, **tls)
 uvicorn.Server(config).run(sockets=[listener])
 """
 
@@ -54,8 +60,8 @@ def served(home):
 
 def connect(home, port, *, certificate=False):
     context = ssl.create_default_context(cafile=str(home.ca_cert))
-    if certificate:  # the server's own stands for a site's: the CA signed it, which is what TLS asks
-        context.load_cert_chain(home.server_cert, home.server_key)
+    if certificate:
+        context.load_cert_chain(home.root / "site.pem")
     raw = socket.create_connection(("127.0.0.1", port), 10)
     try:
         return context.wrap_socket(raw, server_hostname="127.0.0.1")
@@ -159,6 +165,10 @@ def test_a_refused_body_is_not_kept_in_memory(home, served):
 
 
 def test_a_site_is_known_by_its_certificate_and_counted_with_no_stranger(home, served):
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (home.root / "site.pem").write_bytes(issue_site_certificate(home, "site-a", public).encode() + private)
     with contextlib.ExitStack() as held:
         for _ in range(door.MOST_OF_ADDRESS + 8):
             assert ask(held.enter_context(connect(home, served[0], certificate=True))).endswith(b"site-a 0")

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.node_pb2 import Node
 
 from medlsdm.federation.identity import EnrolRequest, Invitation, fingerprint, public_hex, sign_request
-from medlsdm_server.gateway import FLEET_CALLS, MAX_ENROL_BYTES, MAX_FLEET_BYTES, Gateway
+from medlsdm_server.authority import issue_site_certificate
+from medlsdm_server.fleet import most_bytes, public_pem
+from medlsdm_server.gateway import FLEET_CALLS, MAX_ENROL_BYTES, Gateway
 from medlsdm_server.superlink import SuperLink
 
 KEY = Ed25519PrivateKey.generate()
@@ -36,7 +44,11 @@ class Client:
     """Ask the application in this process; one event loop for all of a test."""
 
     def __init__(self, app: Any, runner: asyncio.Runner) -> None:
-        self.app, self.runner = app, runner
+        self.inner, self.runner = app, runner
+        self.certificate = b""  # what the connection shows, DER
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.inner(scope | {"state": {"certificate": self.certificate}}, receive, send)
 
     def request(self, method: str, path: str, **how: Any) -> httpx.Response:
         return self.runner.run(self._request(method, path, **how))
@@ -63,13 +75,43 @@ def client(gateway):
         runner.run(lifespan.__aexit__(None, None, None))
 
 
+def certificate(home, site="site-a", node_key=NODE_KEY) -> bytes:
+    pem = issue_site_certificate(home, site, node_key).encode()
+    return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+
+
 @pytest.fixture
-def site(gateway):
-    """Enrol and admit a site that Flower is said to know already."""
+def site(gateway, client, home):
+    """Enrol and admit a site that Flower is said to know already, and show its certificate."""
     gateway.registry.enrol(EnrolRequest(site="site-a", node_key=NODE_KEY, identity=public_hex(KEY)))
     gateway.registry.admit("site-a")
-    gateway.registry.set_node_id("site-a", "1")
+    gateway.registry.set_node_id("site-a", "7")
+    gateway.refresh()
+    client.certificate = certificate(home)
     return "site-a"
+
+
+NODE = Node(node_id=7)
+BODIES = {
+    "activate-node": fleet_pb2.ActivateNodeRequest(public_key=public_pem(NODE_KEY)),
+    "deactivate-node": fleet_pb2.DeactivateNodeRequest(node_id=7),
+    "send-node-heartbeat": heartbeat_pb2.SendNodeHeartbeatRequest(node=NODE),
+    "pull-messages": fleet_pb2.PullMessagesRequest(node=NODE),
+    "push-messages": fleet_pb2.PushMessagesRequest(
+        node=NODE, messages_list=[Message(metadata=Metadata(src_node_id=7))]
+    ),
+    "get-run": run_pb2.GetRunRequest(node=NODE),
+    "get-fab": GetFabRequest(node=NODE),
+    "pull-object": message_pb2.PullObjectRequest(node=NODE),
+    "push-object": message_pb2.PushObjectRequest(node=NODE),
+    "confirm-message-received": message_pb2.ConfirmMessageReceivedRequest(node=NODE),
+}
+
+
+def fleet(client, call, body: bytes | None = None, **how):
+    content = BODIES[call].SerializeToString() if body is None else body
+    path = f"/v1/fleet/{call}"
+    return client.post(path, content=content, headers=signed(path, method="POST", body=content, **how))
 
 
 def signed(path: str, *, key=KEY, site="site-a", method="GET", body=b"") -> dict[str, str]:
@@ -92,9 +134,63 @@ def model(home, name="a.stage2-0001"):
     return name
 
 
-def test_every_fleet_call_is_forwarded(client):
-    assert len(FLEET_CALLS) == 10
-    assert {client.post(path).status_code for path in FLEET_CALLS} == {503}
+def test_every_fleet_call_of_a_site_is_forwarded(client, site):
+    assert {f"/v1/fleet/{call}" for call in BODIES} == FLEET_CALLS
+    assert {fleet(client, call).status_code for call in BODIES} == {503}
+
+
+def test_nobody_else_makes_a_fleet_call(client, site, home, gateway):
+    for call in BODIES:
+        assert client.post(f"/v1/fleet/{call}", content=BODIES[call].SerializeToString()).status_code == 403
+        assert fleet(client, call, key=Ed25519PrivateKey.generate()).status_code == 403
+    shown = client.certificate
+    for other in (b"", certificate(home, "site-b"), certificate(home, node_key=ssh_key())):
+        client.certificate = other
+        assert {fleet(client, call).status_code for call in BODIES} == {403}
+    client.certificate = shown
+    gateway.registry.revoke("site-a")
+    gateway.refresh()
+    assert {fleet(client, call).status_code for call in BODIES} == {403}
+
+
+def test_a_call_is_good_once_and_for_its_own_body(client, site):
+    body = BODIES["pull-messages"].SerializeToString()
+    headers = signed("/v1/fleet/pull-messages", method="POST", body=body)
+    assert client.post("/v1/fleet/pull-messages", content=body, headers=headers).status_code == 503
+    again = client.post("/v1/fleet/pull-messages", content=body, headers=headers)
+    assert (again.status_code, "used before" in again.json()["message"]) == (403, True)
+    other = signed("/v1/fleet/pull-messages", method="POST", body=body)
+    assert client.post("/v1/fleet/pull-messages", content=body + b"x", headers=other).status_code == 403
+
+
+def test_a_site_speaks_for_no_other_node(client, site):
+    theirs = fleet_pb2.PushMessagesRequest(node=NODE, messages_list=[Message(metadata=Metadata(src_node_id=8))])
+    assert fleet(client, "push-messages", theirs.SerializeToString()).status_code == 403
+    assert (
+        fleet(
+            client, "pull-messages", fleet_pb2.PullMessagesRequest(node=Node(node_id=8)).SerializeToString()
+        ).status_code
+        == 403
+    )
+
+
+def test_a_node_that_flower_does_not_know_yet_signs_on_first(client, site, gateway):
+    gateway.forget_nodes()
+    assert fleet(client, "pull-messages").status_code == 401
+
+
+def test_answers_tell_the_time_so_that_a_clock_that_is_off_can_be_corrected(client, site):
+    late = {**sign_request(KEY, "site-a", "GET", "/v1/site", now=time.time() - 640)}
+    answer = client.get("/v1/site", headers=late)
+    assert answer.status_code == 403
+    assert "640 s behind" in answer.json()["message"]
+    assert abs(float(answer.headers["x-medlsdm-clock"]) - time.time()) < 5
+
+
+@pytest.mark.parametrize("odd", ["9" * 400, "-1", "1e3", "", "\u0661", "0x10", " 1"])
+def test_odd_times_are_refused_and_nothing_breaks(client, site, odd):
+    headers = signed("/v1/site") | {"x-medlsdm-time": odd.encode()}
+    assert client.get("/v1/site", headers=headers).status_code in (400, 403)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +213,8 @@ def test_fleet_calls_are_posts(client):
         assert {client.request(m, path).status_code for m in ("GET", "PUT", "DELETE")} == {405}
 
 
-def test_a_body_that_is_too_large_is_not_forwarded(client):
-    assert client.post("/v1/fleet/push-object", content=bytes(MAX_FLEET_BYTES + 1)).status_code == 413
+def test_a_body_that_is_too_large_is_not_forwarded(client, site):
+    assert fleet(client, "push-object", bytes(most_bytes("push-object") + 1)).status_code == 403
 
 
 def test_the_ca_is_public_and_its_key_is_not(client, home):
@@ -136,11 +232,11 @@ def test_the_page_names_no_site(client, site):
 
 def test_a_site_without_an_invitation_waits(client, gateway):
     answer = enrol(client)
-    assert (answer.status_code, answer.json()) == (200, {"site": "site-b", "status": "pending"})
+    assert (answer.status_code, answer.json()) == (200, {"site": "site-b", "status": "pending", "certificate": ""})
     path = "/v1/models"
     refused = client.get(path, headers=signed(path, site="site-b"))
     assert refused.status_code == 403
-    assert "admitted" in refused.json()["message"]
+    assert "pending" in refused.json()["message"]
     assert client.get("/v1/site", headers=signed("/v1/site", site="site-b")).json()["status"] == "pending"
 
 
@@ -229,9 +325,8 @@ def test_error_answers_carry_no_token_and_nothing_of_the_machine(client, gateway
         enrol(client, token=late.token),
         enrol(client, token="x" * 43),
         enrol(client, site="site-c", token=right.token),
-        enrol(client, token=right.token),  # right, but the SuperLink cannot register it
     ]
-    assert [a.status_code for a in answers] == [403, 403, 403, 400]
+    assert [a.status_code for a in answers] == [403, 403, 403]
     for answer in answers:
         assert set(answer.json()) == {"error", "message", "hint"}
         for secret in (late.token, right.token, "x" * 43, NODE_KEY, str(home.root), "Traceback", "flwr"):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import yaml
 
-from medlsdm.errors import ConfigError
-from medlsdm_server.launch import load_plan, new_launch, note, read_events, read_launch
+from medlsdm.errors import BusyError, ConfigError
+from medlsdm_server.launch import is_led, leading, load_plan, new_launch, note, read_events, read_launch
 from medlsdm_server.status import launch_status, server_status
 
 PLAN = {"stage1": {"rounds": 1, "steps": 2}, "stage2": {"rounds": 3, "steps": 4}}
@@ -52,23 +55,56 @@ def test_a_launch_that_is_not_there_is_refused(home, identity):
 
 def test_the_diary_tells_how_far_a_launch_is(home):
     identity = new_launch(home, load_plan("default")).id
+    write_running(home)
     seen = []
     steps = [
         ("launched", {}),
         ("started", {}),
         ("asked", {"stage": "stage1", "round": 1, "rounds": 3}),
         ("round", {"stage": "stage1", "round": 1, "rounds": 3, "sites": []}),
+        ("gathering", {"stage": "stage1", "round": 2, "rounds": 3, "missing": ["site-a"]}),
         ("failed", {"message": "one line"}),
+        ("resumed", {}),
         ("started", {}),
+        ("round", {"stage": "stage1", "round": 1, "rounds": 3, "sites": []}),
         ("finished", {}),
     ]
     for event, fields in steps:
         note(home, identity, event, **fields)
-        seen.append(launch_status(home, identity)["state"])
-    assert seen == ["waiting", "running", "running", "running", "failed", "running", "finished"]
+        with leading(home, identity):
+            seen.append(launch_status(home, identity)["state"])
+    wanted = ["running"] * 4 + ["waiting for sites", "failed"] + ["waiting for sites"] * 2 + ["running", "finished"]
+    assert seen == wanted
     status = server_status(home)["launch"]
     assert (status["id"], status["stage"], status["round"], status["rounds"]) == (identity, "stage1", 1, 3)
-    assert len(status["finished_rounds"]) == 1
+    assert len(status["finished_rounds"]) == 2
+
+
+def write_running(home):
+    (home.run / "address.json").write_text(json.dumps({"port": 1, "pid": os.getpid()}))
+
+
+def test_nobody_who_leads_means_that_a_launch_does_not_run(home):
+    identity = new_launch(home, load_plan("default")).id
+    for event in ("launched", "started"):
+        note(home, identity, event)
+    assert launch_status(home, identity)["state"] == "interrupted"  # no coordinator
+    write_running(home)
+    assert launch_status(home, identity)["state"] == "pending"
+    with leading(home, identity):
+        assert launch_status(home, identity)["state"] == "running"
+        with pytest.raises(BusyError), leading(home, identity):
+            raise AssertionError("two lead")
+    assert not is_led(home, identity)
+
+
+def test_a_torn_line_costs_itself_alone(home):
+    identity = new_launch(home, load_plan("default")).id
+    note(home, identity, "started")
+    with (home.launches / f"{identity}.diary.jsonl").open("a") as stream:
+        stream.write('{"event": "fini')
+    note(home, identity, "finished")
+    assert [e["event"] for e in read_events(home, identity)] == ["started", "finished"]
 
 
 def test_a_line_that_is_being_written_is_left_out(home):
@@ -80,8 +116,6 @@ def test_a_line_that_is_being_written_is_left_out(home):
 
 
 def test_of_several_launches_the_newest_is_shown(home):
-    import os
-
     first, second = (new_launch(home, load_plan("default")).id for _ in range(2))
     os.utime(home.launches / f"{first}.spec.json", (1, 1))
     assert server_status(home)["launch"]["id"] == second

@@ -69,4 +69,4 @@ def test_no_other_file_has_a_path(home, model, name):
 
 def test_a_new_coordinator_has_no_launch(home):
     assert server_status(home) == {"running": None, "sites": [], "launch": None, "model": None}
-    assert launch_status(home, "none")["state"] == "waiting"
+    assert launch_status(home, "none")["state"] == "interrupted"
