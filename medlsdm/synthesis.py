@@ -41,7 +41,7 @@ from medlsdm.memory import (
 from medlsdm.models.spade import SLAB_BYTES
 from medlsdm.models.unet import MODALITIES
 from medlsdm.training.devices import choose_device, memory_advice
-from medlsdm.training.loop import autocast, bfloat16_pays
+from medlsdm.training.loop import autocast, bfloat16_pays, sampling_precision, sums_depend_on_shape
 from medlsdm.training.patients import denormalise
 from medlsdm.types import SYNTHESIS_SEAL, Geometry, Modality, Provenance, SemanticMap, SyntheticVolume
 from medlsdm.volumes import to_ras
@@ -248,7 +248,8 @@ class Synthesiser:
             memory_advice("synthesis", "Give less memory by --memory (smaller windows), or use --device cpu."),
             autocast(self._device),
         ):
-            latents = self._autoencoder.unstandardise(self._latents(drafts, order, plan))
+            with sampling_precision(self._device):
+                latents = self._autoencoder.unstandardise(self._latents(drafts, order, plan))
             for draft in drafts:
                 arrays.append(np.empty(draft.labels.geometry.shape, dtype=np.float32))
                 views.append(to_ras(arrays[-1], draft.labels.geometry)[0])
@@ -325,9 +326,10 @@ class Synthesiser:
         """Return how many to draw at once, at most.
 
         A volume must not depend on its batch. GPUs choose their ways of convolving by the batch, and so
-        do CPUs where an axis is shorter than a kernel; in bfloat16 the last bits then grow visible.
+        do CPUs where an axis is shorter than a kernel or with AMX; in bfloat16 the last bits then grow visible.
         """
-        if self._device.type != "cpu" or any(-(-n // grid.align) < 3 for n in grid.shape):
+        chosen_by_batch = bfloat16_pays() and sums_depend_on_shape()
+        if self._device.type != "cpu" or chosen_by_batch or any(-(-n // grid.align) < 3 for n in grid.shape):
             return 1
         return max(1, min(LARGEST_BATCH, BATCH_VOXELS // grid.voxels))
 
@@ -346,17 +348,22 @@ class Synthesiser:
         latents = torch.zeros((1, config.latent_channels, size, size, size), device=self._device)
         noise = torch.zeros((1, 1, *sides), device=self._device) if self._decoder.noisy else None
         conditions = torch.ones(1, 3, device=self._device), torch.zeros(1, dtype=torch.long, device=self._device)
-        with torch.no_grad(), _threads(self._threads), autocast(self._device):
-            pyramid = self._denoiser.labels(labels)
-            guidance = self._denoiser.guide(pyramid)
-            calls: dict[str, Callable[[], object]] = {
-                "pyramid": lambda: self._denoiser.labels(labels),
-                "guide": lambda: self._denoiser.guide(pyramid),
-                "network": lambda: self._denoiser(latents, latents.new_zeros(1), guidance, *conditions),
-                "decode": lambda: self._decoder.decode(latents, labels, noise, None),
-            }
+        with torch.no_grad(), _threads(self._threads):
+            with sampling_precision(self._device):
+                pyramid = self._denoiser.labels(labels)
+                guidance = self._denoiser.guide(pyramid)
+                calls: dict[str, Callable[[], object]] = {
+                    "pyramid": lambda: self._denoiser.labels(labels),
+                    "guide": lambda: self._denoiser.guide(pyramid),
+                    "network": lambda: self._denoiser(latents, latents.new_zeros(1), guidance, *conditions),
+                }
+                prints = {name: measured_footprint(call, size**3, self._device) for name, call in calls.items()}
+            with autocast(self._device):
+                prints["decode"] = measured_footprint(
+                    lambda: self._decoder.decode(latents, labels, noise, None), size**3, self._device
+                )
             return Needs(
-                **{name: measured_footprint(call, size**3, self._device) for name, call in calls.items()},
+                **prints,
                 state=STATES * 4.0 * config.latent_channels,
                 labels=math.prod(self._strides),
                 output=0.0 if self._device.type == "cuda" else 4.0 * math.prod(self._strides),

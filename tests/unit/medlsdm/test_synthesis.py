@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import medlsdm.synthesis
 from medlsdm.anatomy import generate
 from medlsdm.checkpoints import make_checkpoint
 from medlsdm.config import load_schema
@@ -15,6 +16,7 @@ from medlsdm.memory import Plan
 from medlsdm.models.unet import build_denoiser
 from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.synthesis import Synthesiser, restore, to_bytes
+from medlsdm.training.loop import sums_depend_on_shape
 from medlsdm.training.patients import mirror_to
 from medlsdm.types import Geometry, Modality, SemanticMap, SyntheticVolume
 from medlsdm.volumes import from_ras, to_ras
@@ -190,7 +192,8 @@ def test_a_volume_does_not_depend_on_its_batch(checkpoint):
     maps = [SemanticMap(array, Geometry(np.eye(4), array.shape), checkpoint.schema) for array in arrays]
     together = list(drawer.synthesise_many(maps, seeds=range(8), guidance=1.5))
     assert drawer.last_plan is not None
-    assert drawer.last_plan.batch == 8
+    alone = medlsdm.synthesis.bfloat16_pays() and sums_depend_on_shape()
+    assert drawer.last_plan.batch == (1 if alone else 8)
     for seed, (labels, volume) in enumerate(zip(maps, together, strict=True)):
         alone = drawer.synthesise(labels, seed=seed, guidance=1.5)
         assert np.abs(alone.array - volume.array).max() / CT_RANGE <= 1e-5
