@@ -246,6 +246,8 @@ class Gateway:
         if request.url.path not in FLEET_CALLS:
             return PlainTextResponse("Not Found", 404)
         call = request.path_params["call"]
+        if SITE_HEADER not in request.headers:
+            return PlainTextResponse("Join through medlsdm-node", 401, {"connection": "close"})  # a bare SuperNode ends
         site, digest = self._admitted(request)
         body = await _bounded(request, most_bytes(call), BODY_SECONDS)
         check_body(digest, body)

@@ -147,13 +147,20 @@ class Request:
 
 
 class RecordingProxy:
-    """Stand between nodes and gateway with the server's own key; keep what nodes sent, one file a connection."""
+    """Stand between nodes and gateway with the server's own key; keep what nodes sent, one file a connection.
 
-    def __init__(self, folder: Path, cert: Path, key: Path, ca: Path, upstream: int) -> None:
-        self.folder, self.upstream, self.port = folder, upstream, free_port()
+    Each site proves itself by its certificate, so the proxy needs the site's key too: ``identities`` names its file.
+    """
+
+    def __init__(
+        self, folder: Path, cert: Path, key: Path, ca: Path, upstream: int, identities: dict[str, Path]
+    ) -> None:
+        self.folder, self.upstream, self.port, self.identities = folder, upstream, free_port(), identities
         self._door = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._door.load_cert_chain(cert, key)
-        self._trust = ssl.create_default_context(cafile=str(ca))
+        self._door.load_verify_locations(cafile=str(ca))
+        self._door.verify_mode = ssl.CERT_OPTIONAL
+        self._ca = ca
         self._connections = 0
         self._loop = asyncio.new_event_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
@@ -184,8 +191,13 @@ class RecordingProxy:
         self._connections += 1
         record = self.folder / f"{self._connections:05d}.sent"
         there = None
+        trust = ssl.create_default_context(cafile=str(self._ca))
+        shown = writer.get_extra_info("peercert")
+        if shown:
+            subject = dict(part for row in shown["subject"] for part in row)
+            trust.load_cert_chain(self.identities[subject["commonName"]])
         try:
-            back, there = await asyncio.open_connection("127.0.0.1", self.upstream, ssl=self._trust)
+            back, there = await asyncio.open_connection("127.0.0.1", self.upstream, ssl=trust)
             with record.open("wb", buffering=0) as stream:
                 ways = [_pump(reader, there, stream.write), _pump(back, writer, lambda _: None)]
                 tasks = [asyncio.ensure_future(way) for way in ways]

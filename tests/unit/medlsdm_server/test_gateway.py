@@ -141,7 +141,7 @@ def test_every_fleet_call_of_a_site_is_forwarded(client, site):
 
 def test_nobody_else_makes_a_fleet_call(client, site, home, gateway):
     for call in BODIES:
-        assert client.post(f"/v1/fleet/{call}", content=BODIES[call].SerializeToString()).status_code == 403
+        assert client.post(f"/v1/fleet/{call}", content=BODIES[call].SerializeToString()).status_code == 401
         assert fleet(client, call, key=Ed25519PrivateKey.generate()).status_code == 403
     shown = client.certificate
     for other in (b"", certificate(home, "site-b"), certificate(home, node_key=ssh_key())):
