@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from enum import StrEnum
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medlsdm.errors import ConfigError
+from medlsdm.federation.identity import RosterEntry
 
 PLAN_VERSION = 1
 CHECKPOINT_ID = r"^[a-z0-9-]{1,64}\.stage[12]-[0-9]{4,5}$"
@@ -49,7 +52,9 @@ class RoundPlan(_Wire):
 
     ``first_step`` and ``total_steps`` place the round in the schedule of its stage, so that rounds are
     slices of one learning-rate curve. ``preset`` and ``labels`` are the resolved model settings and the
-    label schema as JSON values. ``autoencoder`` is the checkpoint id of the frozen stage 1 in stage 2.
+    label schema as JSON values. ``autoencoder`` is the checkpoint id of the frozen stage 1 in stage 2. ``schedule``
+    states rounds and steps of both stages, so that a site can agree to the whole; ``roster`` names who takes part, each
+    in its own signed words.
     """
 
     model: str = Field(pattern=r"^[a-z0-9-]{1,64}$")
@@ -65,6 +70,27 @@ class RoundPlan(_Wire):
     sites: int = Field(ge=1, description="how many sites take part")
     seed: int = 0
     privacy: Literal["none"] = "none"
+    schedule: dict[Stage, tuple[int, int]] = Field(default_factory=dict)
+    roster: tuple[RosterEntry, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of what a site agrees to: all that stays the same from round to round."""
+        schedule = self.schedule or {self.stage: (self.rounds, self.steps)}
+        agreed = {
+            "preset": self.preset, "labels": self.labels, "sites": self.sites, "seed": self.seed,
+            "privacy": self.privacy, "schedule": {str(stage): list(row) for stage, row in sorted(schedule.items())},
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def summary(self) -> str:
+        """Return the plan in one line that a person can read."""
+        schedule = self.schedule or {self.stage: (self.rounds, self.steps)}
+        rounds = ", ".join(f"{stage}: {r} rounds of {s} steps" for stage, (r, s) in sorted(schedule.items()))
+        name, labels = self.preset.get("name", "?"), self.labels.get("name", "?")
+        privacy = "no differential privacy" if self.privacy == "none" else self.privacy
+        return f"preset {name} on schema {labels}; {rounds}; {self.sites} sites; {privacy}"
 
 
 class RoundReply(_Wire):

@@ -13,11 +13,13 @@ from deid_tools.silence import silence_for_good
 from medlsdm.terminal import print_json, run
 from medlsdm_node.cli_evidence import kept
 from medlsdm_node.cli_options import Home, Json, end_cleanly, open_home
+from medlsdm_node.cli_plans import asked
 from medlsdm_node.cli_quarantine import held
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A hospital's node: scans stay, weights travel.")
 app.add_typer(kept, name="evidence", invoke_without_command=True)
 app.add_typer(held, name="quarantine", invoke_without_command=True)
+app.add_typer(asked, name="plans")
 
 Schema = Annotated[str, typer.Option("--schema", help="Label schema: a name of configs/schemas, or a YAML file.")]
 

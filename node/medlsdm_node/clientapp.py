@@ -17,6 +17,7 @@ from medlsdm.errors import MedlsdmError, ResourceError
 from medlsdm.federation.helpers import rotate
 from medlsdm.federation.plan import RoundPlan
 from medlsdm_node.home import NodeHome
+from medlsdm_node.policy import load_policy
 from medlsdm_node.rounds import run_round
 from medlsdm_node.status import write_activity
 
@@ -34,6 +35,7 @@ def train(message: Message, context: Context) -> Message:
         plan = RoundPlan.from_json(str(message.content["config"]["plan"]))  # type: ignore[index]
         arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}  # type: ignore[union-attr]
         with home.locked("round"):
+            os.nice(load_policy(home.policy_file).niceness)
             write_activity(home, "starting", model=plan.model, stage=plan.stage, round=plan.round, rounds=plan.rounds)
             trained, reply = run_round(home, plan, arrays)
     except MedlsdmError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from medlsdm.errors import ConfigError, PolicyError, SchemaError
 from medlsdm.federation.plan import RoundPlan, Stage
@@ -15,6 +17,13 @@ from medlsdm.types import LabelSchema
 
 DEFAULT_POLICY = """\
 # What this hospital allows. Only people of this hospital change this file; no message from outside can.
+plans: any                    # "approved": train only plans that 'medlsdm-node plans approve' names
+hours: always                 # or, for example, ["20:00-06:00"]: begin rounds only then (local time)
+max_rounds: 1000              # refuse launches with more rounds of a stage
+max_batch: 64                 # refuse plans that train on more patients or crops at once
+seed: site                    # who draws the order of training: this site, or the "coordinator"
+niceness: 10                  # how far training gives way to other programs: 0 not at all, 19 most
+known_sites: {}               # name: key, as 'medlsdm-node status' shows it there; empty: pinned when first seen
 stages: [stage1, stage2]      # what may be trained here
 max_steps_per_round: 100000   # refuse longer rounds
 min_patients: 3               # refuse to train on fewer patients than this
@@ -25,6 +34,8 @@ weight: rounded               # how much this site counts: patients rounded down
 """
 
 
+_HOURS = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
+_LATER = {"gate", "plans", "hours", "max_rounds", "max_batch", "seed", "niceness", "known_sites"}  # files of before
 SMALLEST_WEIGHT = 4  # else a weight of 2 and a minimum of 3 patients would tell that there are 3
 
 
@@ -39,7 +50,34 @@ class SitePolicy(BaseModel):
     max_epsilon: float | None = Field(default=None, ge=0)
     share_loss: bool = True
     weight: Literal["rounded", "equal"] = "rounded"
+    plans: Literal["any", "approved"] = "any"
+    hours: Literal["always"] | tuple[str, ...] = "always"
+    max_rounds: int = Field(default=1000, ge=1, le=10_000)
+    max_batch: int = Field(default=64, ge=1)
+    seed: Literal["site", "coordinator"] = "site"
+    niceness: int = Field(default=10, ge=0, le=19)
+    known_sites: dict[str, str] = Field(default_factory=dict)
     gate: GatePolicy = GatePolicy()
+
+    @field_validator("hours")
+    @classmethod
+    def _readable(cls, hours: object) -> object:
+        if isinstance(hours, tuple) and (not hours or not all(_HOURS.fullmatch(part) for part in hours)):
+            raise ValueError("hours are 'always' or a list like ['20:00-06:00']")
+        return hours
+
+    def check_hours(self, now: time.struct_time | None = None) -> None:
+        """Raise PolicyError outside the hours in which rounds may begin (local time)."""
+        if self.hours == "always":
+            return
+        moment = time.strftime("%H:%M", now or time.localtime())
+        for part in self.hours:
+            start, _, end = part.partition("-")
+            if (start <= moment < end) if start <= end else (moment >= start or moment < end):
+                return
+        raise PolicyError(
+            f"Rounds begin here only at {', '.join(self.hours)}.", "Change 'hours' in policy.yaml to allow it now."
+        )
 
     def check_plan(self, plan: RoundPlan, schema: LabelSchema) -> None:
         """Raise PolicyError or SchemaError unless the round may run here."""
@@ -50,6 +88,20 @@ class SitePolicy(BaseModel):
                 f"The round asks for {plan.steps} steps; {self.max_steps_per_round} are allowed.",
                 "Change 'max_steps_per_round' in policy.yaml to allow it.",
             )
+        if plan.rounds > self.max_rounds:
+            raise PolicyError(
+                f"The launch has {plan.rounds} rounds; {self.max_rounds} are allowed.",
+                "Change 'max_rounds' in policy.yaml to allow it.",
+            )
+        stage = plan.preset.get(plan.stage)
+        batch = stage.get("batch") if isinstance(stage, dict) else None
+        if isinstance(batch, int) and batch > self.max_batch:
+            raise PolicyError(
+                f"The plan trains on {batch} at once; {self.max_batch} are allowed.",
+                "Change 'max_batch' in policy.yaml to allow it.",
+            )
+        if plan.schedule and plan.schedule.get(plan.stage) != (plan.rounds, plan.steps):
+            raise PolicyError("The round is not the one that its plan states.", "Ask the coordinator.")
         if plan.sites < self.min_sites:
             raise PolicyError(
                 f"The round has {plan.sites} sites; at least {self.min_sites} are required.",
@@ -88,7 +140,7 @@ def load_policy(path: Path) -> SitePolicy:
         raise _unreadable("it is not YAML") from error
     except ValidationError as error:
         raise _unreadable(".".join(str(p) for p in error.errors()[0]["loc"]) or "it holds no rules") from error
-    if missing := sorted(set(SitePolicy.model_fields) - {"gate"} - set(rules)):
+    if missing := sorted(set(SitePolicy.model_fields) - _LATER - set(rules)):
         raise _unreadable(f"{', '.join(missing)} missing")  # a file cut short must not fall back to what is permitted
     return policy
 

@@ -16,7 +16,8 @@ from medlsdm.federation.plan import RoundPlan, RoundReply, Stage
 from medlsdm.privacy.ledger import PrivacyLedger
 from medlsdm_node.auditing import check_ledger
 from medlsdm_node.home import NodeHome
-from medlsdm_node.policy import load_policy
+from medlsdm_node.plans import check_approved, check_roster
+from medlsdm_node.policy import SitePolicy, load_policy
 from medlsdm_node.status import write_activity
 from medlsdm_node.vault import LATENTS, PAIR, Vault
 
@@ -39,7 +40,10 @@ def run_round(home: NodeHome, plan: RoundPlan, arrays: Arrays) -> tuple[Arrays, 
         MedlsdmError: Policy, ledger, data or weights do not allow the round; nothing was trained.
     """
     vault, policy = Vault(home), load_policy(home.policy_file)
+    policy.check_hours()
     policy.check_plan(plan, vault.schema)
+    check_roster(home, plan, policy)
+    check_approved(home, plan, policy)
     subjects = vault.subjects()
     policy.check_patients(len(subjects))
     ledger = PrivacyLedger(home.root / "ledger.jsonl")
@@ -50,7 +54,7 @@ def run_round(home: NodeHome, plan: RoundPlan, arrays: Arrays) -> tuple[Arrays, 
     home.audit.append("round", model=plan.model, stage=plan.stage, round=plan.round, steps=plan.steps, ledger=charge)
     started = time.monotonic()
     trainer = _stage1 if plan.stage is Stage.STAGE1 else _stage2
-    trained, loss = trainer(home, vault, plan, arrays)
+    trained, loss = trainer(home, vault, plan.model_copy(update={"seed": _seed(home, plan, policy)}), arrays)
     seconds = time.monotonic() - started
     write_activity(home, "sending", model=plan.model, stage=plan.stage, round=plan.round, rounds=plan.rounds)
     reply = RoundReply(
@@ -59,6 +63,14 @@ def run_round(home: NodeHome, plan: RoundPlan, arrays: Arrays) -> tuple[Arrays, 
         training_seconds=round(seconds, 2),
     )
     return trained, reply
+
+
+def _seed(home: NodeHome, plan: RoundPlan, policy: SitePolicy) -> int:
+    """Return the seed of the training's order: drawn here from a key that nobody else has, unless policy says not."""
+    if policy.seed == "coordinator":
+        return plan.seed
+    drawn = hashlib.sha256(home.derive("seed") + f"{plan.model}|{plan.stage}|{plan.round}".encode()).digest()
+    return int.from_bytes(drawn[:4], "big")
 
 
 def _preset(plan: RoundPlan) -> Preset:

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from medlsdm.errors import UNTOLD, BusyError, MedlsdmError, ResourceError, RoundError
 from medlsdm.federation.arrays import Arrays
+from medlsdm.federation.identity import RosterEntry, node_digest
 from medlsdm.federation.plan import RoundPlan, Stage
 from medlsdm_server.averaging import Aggregator, too_far
 from medlsdm_server.checkpointing import Trained
@@ -234,7 +235,20 @@ class Conductor:
             autoencoder=trained.autoencoder_id if stage is Stage.STAGE2 else "",
             sites=self.launch.sites,
             seed=self.launch.seed,
+            schedule={
+                s: (p.rounds, p.steps) for s, p in zip(Stage, (self.launch.stage1, self.launch.stage2), strict=True)
+            },
+            roster=self._roster(),
         )
+
+    def _roster(self) -> tuple[RosterEntry, ...]:
+        """Return who takes part, each in its own signed words."""
+        entries = (
+            {"site": s.name, "identity": s.identity, "node_digest": node_digest(s.node_key), "pledge": s.pledge}
+            for s in self.registry.sites()
+            if s.status == ADMITTED and s.pledge
+        )
+        return tuple(RosterEntry.model_validate(e) for e in entries)
 
     def _collect(
         self, asked: Sequence[Asked], trained: Trained, stage: Stage, number: int, current: Arrays, folder: Path
