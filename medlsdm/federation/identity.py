@@ -195,9 +195,8 @@ def verify_request(
         raise EnrolmentError("The request is not signed by an enrolled site.", "Enrol the site first.")
     now = time.time() if now is None else now
     ahead = int(fields[TIME_HEADER]) - now
-    message = _message(
-        *(fields[n] for n in (SITE_HEADER, TIME_HEADER, NONCE_HEADER)), method, path, fields[BODY_HEADER]
-    )
+    site, moment, nonce, digest = (fields[n] for n in (SITE_HEADER, TIME_HEADER, NONCE_HEADER, BODY_HEADER))
+    message = _message(site, moment, nonce, method, path, digest)
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(identity))
         key.verify(bytes.fromhex(fields[SIGNATURE_HEADER]), message)
