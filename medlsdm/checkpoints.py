@@ -13,9 +13,10 @@ from typing import TypeVar
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file as save_tensors_to
 from torch import Tensor
 
-from medlsdm.checks import write_atomic
+from medlsdm.checks import file_digest, write_atomic, writing
 from medlsdm.config import Preset
 from medlsdm.errors import ConfigError, DataError, IntegrityError
 from medlsdm.model_card import NO_GUARANTEE, ModelCard
@@ -89,11 +90,31 @@ def make_checkpoint(
     privacy: str = NO_GUARANTEE,
 ) -> tuple[Checkpoint, dict[str, bytes]]:
     """Build a checkpoint and the bytes of its files, with their digests in the card."""
-    states = {AUTOENCODER: autoencoder} | ({DENOISER: denoiser} if denoiser is not None else {})
-    contents = {
-        name: save_tensors({k: v.detach().cpu().contiguous() for k, v in s.items()}) for name, s in states.items()
-    }
-    card = ModelCard(
+    states = _states(autoencoder, denoiser)
+    contents = {name: save_tensors(_plain(state)) for name, state in states.items()}
+    card = _card(
+        {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        preset=preset, schema=schema, modalities=modalities, model_id=model_id, rounds=rounds, sites=sites,
+        steps=steps, training_data=training_data, privacy=privacy,
+    )  # fmt: skip
+    checkpoint = Checkpoint(preset, schema, card.modalities, autoencoder, denoiser, card)
+    return checkpoint, contents | {CARD: card.to_json_bytes(), "card.md": card.to_markdown().encode()}
+
+
+def _states(autoencoder: State, denoiser: State | None) -> dict[str, State]:
+    return {AUTOENCODER: autoencoder} | ({DENOISER: denoiser} if denoiser is not None else {})
+
+
+def _plain(state: State) -> State:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _card(
+    digests: dict[str, str], *, preset: Preset, schema: LabelSchema, modalities: Sequence[Modality],
+    model_id: str | None, rounds: int, sites: Sequence[str], steps: dict[str, int] | None, training_data: str,
+    privacy: str,
+) -> ModelCard:  # fmt: skip
+    return ModelCard(
         model_id=model_id or f"medlsdm-{preset.name}-{uuid.uuid4().hex[:8]}",
         preset=preset,
         label_schema=schema.agreed().to_json(),
@@ -102,13 +123,11 @@ def make_checkpoint(
         sites=tuple(sites),
         steps=steps or {},
         config_digest=preset.digest,
-        files={name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        files=digests,
         training_data=training_data,
         privacy=privacy,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    checkpoint = Checkpoint(preset, schema, card.modalities, autoencoder, denoiser, card)
-    return checkpoint, contents | {CARD: card.to_json_bytes(), "card.md": card.to_markdown().encode()}
 
 
 def save_checkpoint(
@@ -126,14 +145,23 @@ def save_checkpoint(
     training_data: str = "Not stated.",
     privacy: str = NO_GUARANTEE,
 ) -> ModelCard:
-    """Write weights and card into ``folder``, each file atomically, the card last."""
-    checkpoint, contents = make_checkpoint(
-        preset=preset, schema=schema, modalities=modalities, autoencoder=autoencoder, denoiser=denoiser,
-        model_id=model_id, rounds=rounds, sites=sites, steps=steps, training_data=training_data, privacy=privacy,
+    """Write weights and card into ``folder``, each file atomically, the card last; weights go straight to disk.
+
+    Raises:
+        ResourceError: There is no room.
+    """
+    digests = {}
+    for name, state in _states(autoencoder, denoiser).items():
+        with writing(folder / name) as draft:
+            save_tensors_to(_plain(state), draft)
+        digests[name] = file_digest(folder / name)
+    card = _card(
+        digests, preset=preset, schema=schema, modalities=modalities, model_id=model_id, rounds=rounds, sites=sites,
+        steps=steps, training_data=training_data, privacy=privacy,
     )  # fmt: skip
-    for name in sorted(contents, key=lambda name: name == CARD):
-        write_atomic(folder / name, contents[name])
-    return checkpoint.card
+    write_atomic(folder / "card.md", card.to_markdown().encode())
+    write_atomic(folder / CARD, card.to_json_bytes())
+    return card
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from medlsdm.errors import DataError, ResourceError
 
@@ -27,20 +31,32 @@ def file_digest(path: Path) -> str:
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write through a temporary file, fsync, and rename into place, so that no reader sees half a file."""
+    with writing(path, mode=mode) as draft:
+        draft.write_bytes(content)
+
+
+@contextmanager
+def writing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+    """Give a temporary file to write to; it is synced and renamed into place at the end, or deleted after an error.
+
+    Raises:
+        ResourceError: It cannot be written.
+    """
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        with os.fdopen(handle, "wb") as stream:
+        os.close(handle)
+        yield Path(temporary)
+        with open(temporary, "rb+") as stream:  # whoever wrote may have put another file in its place
             os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         temporary = ""
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or "the disk may be full"
         raise ResourceError(
-            f"{path.name} could not be written ({error.strerror}).", "Check free space and permissions."
+            f"{path.name} could not be written ({reason}).", "Check free space and permissions."
         ) from error
     finally:
         if temporary:  # whatever stopped us, Ctrl-C included, no draft stays behind

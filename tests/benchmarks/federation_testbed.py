@@ -28,7 +28,8 @@ def inside_own_network() -> None:
     """Run this script again in a network of its own, where only loopback is, so that no test reaches anything else."""
     if os.environ.get("MEDLSDM_BED") == "1":
         return
-    command = ["unshare", "-n", "-m", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, *sys.argv]
+    prepare = 'ip link set lo up && mkdir -p /run/netns && mount -t tmpfs none /run/netns && exec "$@"'
+    command = ["unshare", "-n", "-m", "sh", "-c", prepare, "sh", sys.executable, *sys.argv]
     os.execvpe("unshare", command, os.environ | {"MEDLSDM_BED": "1"})
 
 
