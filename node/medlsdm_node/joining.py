@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
 from collections.abc import Callable
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from medlsdm_node.status import ROUND_ACTIVITIES, read_activity, write_activity
 from medlsdm_node.working import wipe_leftovers
 
 ASK_SECONDS = 2.0
+LOG_BYTES, LOGS_KEPT = 5 << 20, 3
 
 
 def read_invitation(file: Path | None, environment: str | None) -> Invitation | None:
@@ -81,6 +84,9 @@ def serve(home: NodeHome, coordinator: Coordinator, say: Callable[[str], None]) 
     """Connect and serve rounds until SIGTERM or Ctrl-C."""
     from medlsdm_node.supernode import SuperNode, install_app
 
+    handler = RotatingFileHandler(home.logs / "node.log", maxBytes=LOG_BYTES, backupCount=LOGS_KEPT)
+    logging.basicConfig(handlers=[handler], level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     with home.locked("join"):
         if left := wipe_leftovers(home):
             say(f"{left} folders that an earlier run left in clear when it was killed were deleted.")

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from medlsdm.checks import write_atomic
 from medlsdm.errors import ConfigError
+from medlsdm.federation.identity import public_hex
 from medlsdm_node.home import NodeHome
 
 WATCH_SECONDS = 0.5
@@ -58,6 +59,7 @@ def node_status(home: NodeHome) -> dict[str, Any]:
     return {
         "site": settings.site,
         "home": str(home.root),
+        "key": public_hex(home.identity),
         "schema": settings.label_schema.name,
         "server": f"{server['host']}:{server['port']}" if server else None,
         "patients": len(vault.subjects()),
