@@ -8,6 +8,8 @@
 # make bench-pixels DATA=DIR  burned-in text found and hidden, false alarms on clean series (docs/deid-pixels.md)
 # make fuzz-deid      five thousand mutated real files through the de-identification (CASES=N, SEED=N)
 # make bench-geometry  our volumes against dcm2niix's, series by series (docs/deid-geometry.md)
+# make test-federation a federation of three hurt in each of 30 rounds, then the fault matrix (BUSY=6: beside six busy loops)
+# make bench-federation   a round's overhead beside plain Flower's, and the coordinator's memory
 # make test-peers      Debian's DICOM tools that some tests compare with (needs root)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -16,8 +18,9 @@ DATA ?=
 PLAN ?=
 CASES ?= 5000
 SEED ?= 1
+BUSY ?= 0
 
-.PHONY: demo test check lint types unit bench-deid fuzz-deid bench-gate bench-geometry bench-large bench-model bench-pixels bench-speed test-peers clean
+.PHONY: demo test check lint types unit bench-deid bench-federation fuzz-deid bench-gate bench-geometry bench-large bench-model bench-pixels bench-speed test-federation test-peers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +69,14 @@ bench-large: $(VENV)/installed
 
 bench-model: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/model.py $(if $(DATA),'$(DATA)')
+
+test-federation: $(VENV)/installed
+	MEDLSDM_ROUNDS=30 MEDLSDM_BUSY=$(BUSY) $(BIN)/pytest -q -s tests/integration/test_endurance.py tests/integration/test_slow_line.py
+	$(BIN)/python tests/benchmarks/federation_faults.py --busy $(BUSY) --json runs/federation-faults-$(BUSY).json
+
+bench-federation: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/federation.py --busy $(BUSY) --json runs/bench-federation-$(BUSY).json
+	for sites in 3 30; do $(BIN)/python tests/benchmarks/conductor_memory.py --sites $$sites --megabytes 800 || exit 1; done
 
 test-peers:
 	apt-get update -qq

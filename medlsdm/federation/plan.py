@@ -70,6 +70,7 @@ class RoundPlan(_Wire):
     sites: int = Field(ge=1, description="how many sites take part")
     seed: int = 0
     privacy: Literal["none"] = "none"
+    proximal_mu: float = Field(default=0, ge=0, le=100, description="FedProx: pulls towards the weights that were sent")
     schedule: dict[Stage, tuple[int, int]] = Field(default_factory=dict)
     roster: tuple[RosterEntry, ...] = ()
 
@@ -77,9 +78,10 @@ class RoundPlan(_Wire):
     def digest(self) -> str:
         """Return the SHA-256 of what a site agrees to: all that stays the same from round to round."""
         schedule = self.schedule or {self.stage: (self.rounds, self.steps)}
+        rows = {str(stage): list(row) for stage, row in sorted(schedule.items())}
         agreed = {
             "preset": self.preset, "labels": self.labels, "sites": self.sites, "seed": self.seed,
-            "privacy": self.privacy, "schedule": {str(stage): list(row) for stage, row in sorted(schedule.items())},
+            "privacy": self.privacy, "proximal_mu": self.proximal_mu, "schedule": rows,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

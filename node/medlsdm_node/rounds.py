@@ -99,6 +99,16 @@ def _load(module: Any, arrays: Arrays) -> None:
     module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
 
 
+def _pull_back(module: Any, mu: float) -> None:
+    """Add to every gradient that of ``mu / 2`` times the squared distance from the weights that were sent.
+
+    Source: FedProx (arXiv 1812.06127), equation 2.
+    """
+    for parameter in module.parameters() if mu else ():
+        sent = parameter.detach().clone()
+        parameter.register_hook(lambda gradient, p=parameter, s=sent: gradient + mu * (p.detach() - s))
+
+
 def _unload(module: Any) -> Arrays:
     return {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
 
@@ -110,6 +120,7 @@ def _stage1(home: NodeHome, vault: Vault, plan: RoundPlan, arrays: Arrays) -> tu
     preset = _preset(plan)
     model = build_autoencoder(preset, len(vault.schema.ids))
     _load(model, arrays)
+    _pull_back(model, plan.proximal_mu)
     loss = train_first_stage(
         model, _data(vault, preset), preset, steps=plan.steps, first_step=plan.first_step,
         total_steps=plan.total_steps, seed=plan.seed, progress=_reporter(home, plan),
@@ -124,6 +135,7 @@ def _stage2(home: NodeHome, vault: Vault, plan: RoundPlan, arrays: Arrays) -> tu
     preset = _preset(plan)
     model = build_denoiser(preset, len(vault.schema.ids))
     _load(model, arrays)
+    _pull_back(model, plan.proximal_mu)
     latents = _latents(home, vault, plan, preset)
     loss = train_stage2(
         model, latents, preset.stage2, steps=plan.steps, first_step=plan.first_step,

@@ -215,10 +215,7 @@ class Conductor:
                 one.refused = "The site's node is not known to Flower any more."
 
     def _config(self, trained: Trained, stage: Stage, number: int) -> ConfigRecord:
-        config: dict[str, Any] = {"plan": self._plan(trained, stage, number).to_json()}
-        if self.launch.strategy.name == "fedprox":
-            config["proximal_mu"] = self.launch.strategy.proximal_mu
-        return ConfigRecord(config)
+        return ConfigRecord({"plan": self._plan(trained, stage, number).to_json()})
 
     def _plan(self, trained: Trained, stage: Stage, number: int) -> RoundPlan:
         plan = self.launch.stage1 if stage is Stage.STAGE1 else self.launch.stage2
@@ -239,6 +236,7 @@ class Conductor:
                 s: (p.rounds, p.steps) for s, p in zip(Stage, (self.launch.stage1, self.launch.stage2), strict=True)
             },
             roster=self._roster(),
+            proximal_mu=self.launch.strategy.proximal_mu if self.launch.strategy.name == "fedprox" else 0.0,
         )
 
     def _roster(self) -> tuple[RosterEntry, ...]:

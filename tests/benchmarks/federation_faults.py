@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from federation_testbed import Bed, busy_loops, inside_own_network, wait
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+from testbed import Bed, busy_loops, inside_own_network, wait
 
 PATIENCE = 600.0
 

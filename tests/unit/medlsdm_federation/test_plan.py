@@ -29,7 +29,7 @@ REPLY = {"version": 1, "weight": 4.0, "loss": None, "training_seconds": 1.5}
 def test_a_plan_comes_back_as_it_was():
     plan = RoundPlan.from_json(json.dumps(PLAN))
     assert plan.stage is Stage.STAGE2
-    assert json.loads(plan.to_json()) == PLAN | {"schedule": {}, "roster": []}
+    assert json.loads(plan.to_json()) == PLAN | {"schedule": {}, "roster": [], "proximal_mu": 0.0}
     assert RoundPlan.from_json(plan.to_json()) == plan
     assert json.loads(RoundReply.from_json(json.dumps(REPLY)).to_json()) == REPLY
 

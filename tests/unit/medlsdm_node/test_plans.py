@@ -193,3 +193,32 @@ def test_a_policy_of_before_keeps_its_meaning(tmp_path):
     ))  # fmt: skip
     (tmp_path / "policy.yaml").write_text(old)
     assert load_policy(tmp_path / "policy.yaml") == SitePolicy()
+
+
+def test_the_proximal_term_pulls_training_back_to_the_weights_that_were_sent():
+    import torch
+
+    from medlsdm_node.rounds import _pull_back
+
+    def trained(mu):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        start = model.weight.detach().clone()
+        _pull_back(model, mu)
+        x, y = torch.randn(8, 3), torch.randn(8, 2)
+        for _ in range(60):
+            model.zero_grad()
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.05 * p.grad
+        return float((model.weight.detach() - start).norm()), model, start, x, y
+
+    assert trained(10.0)[0] < 0.2 * trained(0.0)[0]
+    _, model, start, x, y = trained(1.0)  # the hook's gradient is that of the term written out
+    model.zero_grad()
+    torch.nn.functional.mse_loss(model(x), y).backward()
+    hooked = model.weight.grad.clone()
+    plain = torch.nn.functional.linear(x, weight := model.weight.detach().clone().requires_grad_(), model.bias.detach())
+    (torch.nn.functional.mse_loss(plain, y) + 0.5 * ((weight - start) ** 2).sum()).backward()
+    assert torch.allclose(hooked, weight.grad, atol=1e-6)

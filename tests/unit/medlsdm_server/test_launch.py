@@ -6,6 +6,7 @@ import os
 import pytest
 import yaml
 
+from medlsdm.config import config_folder
 from medlsdm.errors import BusyError, ConfigError
 from medlsdm_server.launch import is_led, leading, load_plan, new_launch, note, read_events, read_launch
 from medlsdm_server.status import launch_status, server_status
@@ -13,7 +14,7 @@ from medlsdm_server.status import launch_status, server_status
 PLAN = {"stage1": {"rounds": 1, "steps": 2}, "stage2": {"rounds": 3, "steps": 4}}
 
 
-@pytest.mark.parametrize("name", ["default", "demo", "demo-data"])
+@pytest.mark.parametrize("name", sorted(p.stem for p in (config_folder() / "federation").glob("*.yaml")))
 def test_the_plans_that_come_along_can_be_read(name):
     assert load_plan(name).stage1.rounds >= 1
 

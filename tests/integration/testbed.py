@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from medlsdm.federation.app import free_port
+
 SIZE = (20, 24, 10)
 PATIENTS = {"site-a": 5, "site-b": 9, "site-c": 17}
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -64,7 +66,7 @@ class Bed:
     def __init__(self, root: Path, sites: dict[str, int] | None = None) -> None:
         self.root, self.patients = root, sites or PATIENTS
         self.home = root / "coordinator"
-        self.port, self.host = 8443, "127.0.0.1"
+        self.port, self.host = free_port(), "127.0.0.1"
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.apart: set[str] = set()  # sites in a network of their own
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("MEDLSDM_", "FLWR_"))} | {
