@@ -43,6 +43,10 @@ def hurt(bed: Bed, rng: random.Random) -> str:
     return f"{name} ({site})"
 
 
+def reached(bed: Bed, launch: str, rounds: int) -> bool:
+    return len(bed.events(launch, "round")) >= rounds or bool(bed.events(launch, "finished", "failed"))
+
+
 def losses(bed: Bed, launch: str) -> list[float]:
     return [e["loss"] for e in bed.events(launch, "round")]
 
