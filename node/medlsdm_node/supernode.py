@@ -194,8 +194,16 @@ class AppWatch:
             pid = int(self.file.read_text())
         except (OSError, ValueError):
             return False
-        if not busy or Path(f"/proc/{pid}").exists() or read_activity(self.home)["activity"] in ("sending", "refused"):
+        if not busy or _runs(pid) or read_activity(self.home)["activity"] in ("sending", "refused"):
             self.ended = 0.0
             return False
         self.ended = self.ended or time.monotonic()
         return time.monotonic() - self.ended > LOST_SECONDS
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process is there and not dead; SuperExec leaves its dead unburied until it starts the next."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -79,12 +79,7 @@ def test_rounds_with_a_kill_in_each_end_with_as_many_rounds_and_as_good_a_model(
         time.sleep(rng.uniform(0, 25))
         print(f"round {rounds + 1}: killed {hurt(bed, rng)}", flush=True)
         done = rounds + 1
-        wait(
-            lambda: len(bed.events(launch, "round")) >= done or bed.events(launch, "finished", "failed"),
-            PATIENCE,
-            "round",
-            1,
-        )
+        wait(partial(reached, bed, launch, done), PATIENCE, f"round {done}", 1)
     assert [e["event"] for e in bed.events(launch, "finished", "failed")] == ["finished"], bed.status()["launch"]
     rows = bed.events(launch, "round")
     assert [(r["stage"], r["round"]) for r in rows] == [("stage1", n + 1) for n in range(ROUNDS)] + [("stage2", 1)]
