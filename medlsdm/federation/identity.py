@@ -119,6 +119,10 @@ def public_hex(key: Ed25519PrivateKey) -> str:
     return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
+class OddRequestError(EnrolmentError):
+    """Say that the headers of a request are of no form that a site of ours sends."""
+
+
 class NonceCache:
     """Remember which signed requests were used, so that each is good once. Safe for threads, of bounded size."""
 
@@ -169,6 +173,14 @@ _FORMS = {
 }
 
 
+def check_form(headers: Mapping[str, str]) -> None:
+    """Raise OddRequestError for headers of another form than a site sends, EnrolmentError where they are missing."""
+    if any(name in headers and not form.fullmatch(headers[name]) for name, form in _FORMS.items()):
+        raise OddRequestError("The headers of the request are odd.", "Install the same release.")
+    if not all(name in headers for name in _FORMS):
+        raise EnrolmentError("The request is not signed by an enrolled site.", "Enrol the site first.")
+
+
 def verify_request(
     identity: str, headers: Mapping[str, str], method: str, path: str, *, body: bytes | None = None,
     now: float | None = None, seen: NonceCache | None = None,
@@ -188,11 +200,11 @@ def verify_request(
         The SHA-256 that the body must have, for ``check_body``.
 
     Raises:
-        EnrolmentError: The headers are odd, the signature is wrong, older or newer than five minutes, or was used.
+        OddRequestError: The headers are of another form.
+        EnrolmentError: The signature is wrong, older or newer than five minutes, or was used.
     """
+    check_form(headers)
     fields = {name: headers.get(name, "") for name in _FORMS}
-    if not all(form.fullmatch(fields[name]) for name, form in _FORMS.items()):
-        raise EnrolmentError("The request is not signed by an enrolled site.", "Enrol the site first.")
     now = time.time() if now is None else now
     ahead = int(fields[TIME_HEADER]) - now
     site, moment, nonce, digest = (fields[n] for n in (SITE_HEADER, TIME_HEADER, NONCE_HEADER, BODY_HEADER))

@@ -56,6 +56,7 @@ class Forwarder:
         self.port = 0
         self.contact = self.pull = time.monotonic()
         self.busy = False  # a message was handed over and has not been answered
+        self.handed = 0.0  # when, seconds since 1970
         self.refusal = ""  # the coordinator's words when it refuses this site
         self.node_id = 0
         key = load_ssh_private_key(home.node_key.read_bytes(), None)
@@ -190,6 +191,7 @@ class Forwarder:
         elif call == "pull-messages":
             self.pull = time.monotonic()
             self.busy = bool(fleet_pb2.PullMessagesResponse.FromString(answer).messages_list)
+            self.handed = time.time() if self.busy else self.handed
 
     def _line(self) -> httpx.AsyncClient:
         """Return the connections to the coordinator, new ones when the certificate is new."""

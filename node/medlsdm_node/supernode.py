@@ -134,7 +134,7 @@ class SuperNode:
         now, way = time.monotonic(), self.forwarder
         if way.refusal:
             self._ask()
-        if self.app.lost(busy=way.busy):
+        if self.app.lost(busy=way.busy, since=way.handed):
             self.say("The training program ended before its time; the round is asked for again.")
             self._again()
         elif self.node.alive and now - max(way.asked, self.node.started) > SILENT_SECONDS:
@@ -188,13 +188,13 @@ class AppWatch:
         self.file.unlink(missing_ok=True)
         self.ended = 0.0
 
-    def lost(self, *, busy: bool) -> bool:
-        """Tell whether a message waits for an answer that nobody will give."""
+    def lost(self, *, busy: bool, since: float) -> bool:
+        """Tell whether a message that was handed over at ``since`` waits for an answer that nobody will give."""
         try:
-            pid = int(self.file.read_text())
+            pid, started = int(self.file.read_text()), self.file.stat().st_mtime
         except (OSError, ValueError):
             return False
-        if not busy or _runs(pid) or read_activity(self.home)["activity"] in ("sending", "refused"):
+        if started < since or not busy or _runs(pid) or read_activity(self.home)["activity"] in ("sending", "refused"):
             self.ended = 0.0
             return False
         self.ended = self.ended or time.monotonic()

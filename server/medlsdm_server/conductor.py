@@ -34,7 +34,7 @@ from medlsdm_server.text import plain
 log = logging.getLogger(__name__)
 
 POLL_S, LOOK_S = 1.0, 2.0
-TRIES, MOST_ASKS = 3, 5
+TRIES, MOST_ASKS = 3, 10
 HEARD_S = 20.0  # a site that was not heard of for so long is away
 IDLE_S = 20.0  # a site that has its work and does nothing for so long has lost it
 LEAST_EXTRA_S = 30.0
@@ -54,7 +54,7 @@ class Asked:
     messages: list[str] = field(default_factory=list)
     asks: int = 0
     rest: float = 0.0  # since when it is seen to do nothing
-    lost: bool = False  # Flower has said that the message or the reply is gone
+    lost: float = 0.0  # when Flower said that the message or the reply is gone
     seconds: float = 0.0
     reply: Reply | None = None
     refused: str = ""
@@ -210,7 +210,7 @@ class Conductor:
         for one in asked:
             message = _message(one.node, record, config, number)
             one.messages += [i for i in self.grid.push_messages([message]) if i]
-            one.asks, one.at, one.rest, one.lost = one.asks + 1, time.time(), 0.0, False
+            one.asks, one.at, one.rest, one.lost = one.asks + 1, time.time(), 0.0, 0.0
             if not one.messages:
                 one.refused = "The site's node is not known to Flower any more."
 
@@ -283,8 +283,10 @@ class Conductor:
             for one in by_node.values():
                 one.refused = "The site did not answer in time."
             return
-        contacts = read_contacts(self.home)
+        contacts, online = read_contacts(self.home), set(self.grid.get_node_ids())
         for one in waiting:
+            if one.node not in online:
+                continue
             if contacts and time.time() - contacts.get(one.site, Contact()).at > HEARD_S:
                 continue
             for name in list(one.messages):
@@ -315,7 +317,7 @@ class Conductor:
         if code == BusyError.exit_status and reason == BusyError.public_text and one.messages:
             return  # it was asked twice and works on the first
         if flowers and one.asks < MOST_ASKS:
-            one.lost = True  # ask again when the site is there
+            one.lost = time.time()  # ask again when the site is there
             return
         one.refused = plain(told(reason))
 
@@ -333,7 +335,7 @@ class Conductor:
         """Return the sites that are in contact but do not have this round's work any more."""
         contacts, now, lost = read_contacts(self.home), time.time(), []
         for one in waiting:
-            contact = contacts.get(one.site, Contact()) if contacts else Contact(at=now)
+            contact = contacts.get(one.site, Contact()) if contacts else Contact(at=now, pulled=now)
             if not one.open or now - contact.at > HEARD_S or one.asks >= MOST_ASKS:
                 continue
             doing = contact.activity
@@ -341,7 +343,7 @@ class Conductor:
             rests = contact.pulled > one.at and doing.get("activity", "") in AT_REST and not here
             one.rest = (one.rest or now) if rests else 0.0
             patience = FRESH_S if contact.activated > one.at else IDLE_S
-            if one.lost or (one.rest and now - one.rest > patience):
+            if (one.lost and contact.pulled >= one.lost) or (one.rest and now - one.rest > patience):
                 log.warning("%s has lost its work of %s round %s and is asked again", one.site, stage, number)
                 one.messages.clear()
                 lost.append(one)

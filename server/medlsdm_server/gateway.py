@@ -32,7 +32,9 @@ from medlsdm.federation.identity import (
     EnrolReply,
     EnrolRequest,
     NonceCache,
+    OddRequestError,
     check_body,
+    check_form,
     verify_request,
 )
 from medlsdm_server import models
@@ -133,7 +135,7 @@ class Gateway:
             try:
                 answer = await handler(request)
             except MedlsdmError as error:
-                status = 403 if isinstance(error, EnrolmentError) else 400
+                status = 403 if isinstance(error, EnrolmentError) and not isinstance(error, OddRequestError) else 400
                 log.warning("refused %s: %s", "/".join(request.url.path.split("/")[2:4])[:60], error.code)
                 told = (error.message, error.hint) if status == 403 else (error.public_text, "Ask the coordinator.")
                 answer = JSONResponse({"error": error.code, "message": told[0], "hint": told[1]}, status)
@@ -209,7 +211,8 @@ class Gateway:
 
     def _known(self, request: Request) -> tuple[Site, str]:
         """Return who asks and the digest of the body to come; nothing of the body was read."""
-        site = self.sites.get(request.headers.get(SITE_HEADER, ""))
+        check_form(request.headers)
+        site = self.sites.get(request.headers[SITE_HEADER])
         if site is None:
             raise EnrolmentError("This site is not enrolled here.", "Join with an invitation first.")
         digest = verify_request(site.identity, request.headers, request.method, request.url.path, seen=self.nonces)

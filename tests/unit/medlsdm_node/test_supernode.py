@@ -21,10 +21,10 @@ def watch(home, monkeypatch):
     return AppWatch(home)
 
 
-def lost_soon(watch, *, busy=True):
-    first = watch.lost(busy=busy)
+def lost_soon(watch, *, busy=True, since=0.0):
+    first = watch.lost(busy=busy, since=since)
     time.sleep(0.3)
-    return (first, watch.lost(busy=busy))
+    return (first, watch.lost(busy=busy, since=since))
 
 
 @pytest.mark.parametrize("buried", [True, False])
@@ -45,6 +45,13 @@ def test_a_program_that_has_answered_may_go(watch, home, activity):
     (home.run / "app.pid").write_text("999999999")
     write_activity(home, activity)
     assert lost_soon(watch) == (False, False)
+
+
+def test_the_program_of_an_earlier_message_says_nothing_of_this_one(watch, home):
+    (home.run / "app.pid").write_text("999999999")
+    assert lost_soon(watch) == (False, True)
+    watch.ended = 0.0
+    assert lost_soon(watch, since=time.time() + 1) == (False, False)
 
 
 def test_without_a_message_nothing_is_lost(watch, home):

@@ -350,9 +350,10 @@ def test_an_error_of_flower_with_our_number_is_told_from_ours(tmp_path):
     conductor = Conductor(home, launch, Grid(honest, honest, honest))
     one = module.Asked("site-0", 101, messages=["m"], asks=1)
     conductor._failed(one, SimpleNamespace(error=Error(5, PolicyError.public_text)))
-    assert (one.lost, one.refused) == (False, PolicyError.public_text)
+    assert (one.lost, one.refused) == (0.0, PolicyError.public_text)
     one = module.Asked("site-0", 101, messages=["m"], asks=1)
     conductor._failed(one, SimpleNamespace(error=Error(8, UNTOLD)))
-    assert (one.lost, one.refused) == (True, "")
+    assert one.lost > 0
+    assert one.refused == ""
     conductor._failed(one, SimpleNamespace(error=Error(9, BusyError.public_text)))
     assert one.refused == ""
