@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from medlsdm.checkpoints import State, load_checkpoint, save_checkpoint
 from medlsdm.config import Preset, load_preset, load_schema
-from medlsdm.errors import IntegrityError, MedlsdmError
+from medlsdm.errors import DataError, IntegrityError, MedlsdmError
 from medlsdm.federation.arrays import Arrays
 from medlsdm.federation.plan import Stage
 from medlsdm.models.unet import build_denoiser
@@ -19,6 +20,8 @@ from medlsdm.models.vqgan import build_autoencoder
 from medlsdm.types import LabelSchema
 from medlsdm_server.launch import Launch
 from medlsdm_server.models import Model, checkpoint_id, list_models
+
+log = logging.getLogger(__name__)
 
 TRAINING_DATA = "Scans of the sites named above, de-identified there; none of them left its hospital."
 
@@ -46,8 +49,9 @@ class Trained:
         for last in reversed(trained._mine()):
             try:
                 checkpoint = load_checkpoint(folder / last.id)
-            except IntegrityError:
-                continue  # damaged: go on from the one before
+            except (IntegrityError, DataError):
+                log.warning("the checkpoint %s is damaged; going on from the one before", last.id)
+                continue
             trained.sites.update(checkpoint.card.sites)
             trained.state[Stage.STAGE1] = checkpoint.autoencoder
             trained.done[Stage.STAGE1] = last.round if last.stage == Stage.STAGE1 else launch.stage1.rounds
@@ -89,7 +93,8 @@ class Trained:
         known = self.state[stage], self.done[stage]
         shapes = known[0]
         self.state[stage] = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(shapes[name].dtype) for name, value in arrays.items()
+            name: torch.from_numpy(np.asarray(value, order="C")).to(shapes[name].dtype)
+            for name, value in arrays.items()
         }
         self.done[stage] = number
         identity = checkpoint_id(self.launch.id, stage, number)

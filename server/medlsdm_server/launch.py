@@ -26,6 +26,8 @@ from medlsdm.types import Modality
 from medlsdm_server.home import ServerHome
 from medlsdm_server.strategy import Strategy
 
+PATIENCE_S = 1.0  # whoever only looks who leads holds the lock too, for an instant
+
 
 class StagePlan(BaseModel):
     """Say how many rounds a stage has and how many steps each site takes in a round."""
@@ -156,10 +158,15 @@ def leading(home: ServerHome, identity: str) -> Iterator[None]:
         BusyError: Another one does.
     """
     with _lock(home, identity).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BusyError(f"The launch {identity} is led by another process already.", "Wait for it.") from error
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise BusyError(f"The launch {identity} is led by another process.", "Wait for it.") from error
+                time.sleep(0.01)
         yield
 
 

@@ -44,6 +44,8 @@ class Launcher:
                 self.look()
             except (MedlsdmError, OSError) as error:
                 log.warning("a launch could not be led on just now: %s", error)
+            except Exception:  # this thread is all that leads launches on
+                log.exception("a launch could not be led on just now")
 
     def _leave_or_resume(self) -> None:
         for identity in launches(self.home):

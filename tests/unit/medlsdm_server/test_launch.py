@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 
 import pytest
 import yaml
@@ -120,3 +121,26 @@ def test_of_several_launches_the_newest_is_shown(home):
     first, second = (new_launch(home, load_plan("default")).id for _ in range(2))
     os.utime(home.launches / f"{first}.spec.json", (1, 1))
     assert server_status(home)["launch"]["id"] == second
+
+
+def test_who_only_looks_does_not_keep_a_leader_out(home):
+    identity = new_launch(home, load_plan("default")).id
+    with leading(home, identity):
+        pass
+    ended = threading.Event()
+
+    def look():
+        while not ended.is_set():
+            is_led(home, identity)
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for thread in lookers:
+        thread.start()
+    try:
+        for _ in range(200):
+            with leading(home, identity):
+                pass
+    finally:
+        ended.set()
+        for thread in lookers:
+            thread.join()
