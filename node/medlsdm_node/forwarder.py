@@ -18,6 +18,8 @@ import logging
 import ssl
 import threading
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -67,6 +69,7 @@ class Forwarder:
         self._words = Words()
         self._client: httpx.AsyncClient | None = None
         self._certificate = 0
+        self._closing: asyncio.Task[None] | None = None
         self.asked = time.monotonic()  # the last call of the SuperNode, whatever became of it
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -108,9 +111,10 @@ class Forwarder:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(64)
-            app = Starlette(routes=[Route("/v1/fleet/{call}", self._call, methods=["POST"])])
+            routes = [Route("/v1/fleet/{call}", self._call, methods=["POST"])]
+            app = Starlette(routes=routes, lifespan=self._lifespan)
             config = uvicorn.Config(
-                app, loop="asyncio", http="h11", ws="none", log_config=None, access_log=False, lifespan="off",
+                app, loop="asyncio", http="h11", ws="none", log_config=None, access_log=False,
                 ssl_certfile=str(self.certificate), ssl_keyfile=str(self.home.run / "loopback.key"),
                 timeout_keep_alive=90, timeout_graceful_shutdown=1,
             )  # fmt: skip
@@ -118,6 +122,12 @@ class Forwarder:
             self.port = listener.getsockname()[1]
             self._ready.set()
             self._server.run(sockets=[listener])
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        if self._client is not None:
+            await self._client.aclose()
 
     async def _call(self, request: Request) -> Response:
         """Take one call of the SuperNode; the same call again, while the first is under way, shares its answer."""
@@ -197,7 +207,9 @@ class Forwarder:
         """Return the connections to the coordinator, new ones when the certificate is new."""
         shown = self.home.tls_file.stat().st_mtime_ns
         if self._client is None or shown != self._certificate:
-            self._certificate = shown
+            self._certificate, old = shown, self._client
+            if old is not None:
+                self._closing = asyncio.create_task(old.aclose())
             self._client = httpx.AsyncClient(
                 verify=self.coordinator.context(),
                 base_url=f"https://{self.coordinator.address}",

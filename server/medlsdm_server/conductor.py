@@ -11,6 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from medlsdm_server.text import plain
 
 log = logging.getLogger(__name__)
 
-POLL_S, LOOK_S = 1.0, 2.0
+POLL_S, LOOK_S, ROOM_S = 1.0, 2.0, 10.0
 TRIES, MOST_ASKS = 3, 10
 HEARD_S = 20.0  # a site that was not heard of for so long is away
 IDLE_S = 20.0  # a site that has its work and does nothing for so long has lost it
@@ -90,6 +91,8 @@ class Conductor:
                     for number in range(trained.rounds_done(stage) + 1, self._rounds(stage) + 1):
                         self._until_done(trained, stage, number)
                 note(self.home, self.launch.id, "finished")
+            except ResourceError:
+                raise  # not the launch's fault: it is led on when there is room, from the last round
             except MedlsdmError as error:
                 note(self.home, self.launch.id, "failed", message=str(error))
                 raise
@@ -107,7 +110,11 @@ class Conductor:
                 if attempt == TRIES:
                     raise
                 log.warning("%s round %s is tried again: %s", stage, number, error)
-                note(self.home, self.launch.id, "again", stage=stage, round=number, message=str(error), attempt=attempt)
+                fields = {"stage": stage, "round": number, "message": str(error), "attempt": attempt}
+                with suppress(ResourceError):  # the log has it
+                    note(self.home, self.launch.id, "again", **fields)
+                if isinstance(error, ResourceError):
+                    time.sleep(ROOM_S * attempt)  # somebody may make room
 
     def _round(self, trained: Trained, stage: Stage, number: int) -> None:
         online = self._gather(stage, number)

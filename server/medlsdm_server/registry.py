@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from medlsdm.errors import EnrolmentError, UsageError
+from medlsdm.errors import EnrolmentError, ResourceError, UsageError
 from medlsdm.federation.identity import EnrolRequest, Invitation
 
 PENDING, ADMITTED, REVOKED = "pending", "admitted", "revoked"
@@ -30,6 +30,7 @@ CREATE TABLE IF NOT EXISTS sites (
 CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL);
 INSERT INTO version SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM version);
 """
+_TABLE_COUNT = 3
 _NEW_COLUMNS = {"sites": ("address", "pledge", "reason"), "invitations": ("replaces",)}
 _FIELDS = "name, status, node_key, identity, node_id, enrolled, seen, pledge, reason"
 
@@ -57,22 +58,27 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as database:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.executescript(_TABLES)
+        with self._open() as database:  # reading must need no room on the disk, so nothing is written that is there
+            if len(database.execute("SELECT 1 FROM sqlite_master WHERE type = 'table'").fetchall()) < _TABLE_COUNT:
+                database.executescript(_TABLES)
             for table, columns in _NEW_COLUMNS.items():
                 known = {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
                 for column in set(columns) - known:
                     database.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
-        path.chmod(0o600)
+        if path.stat().st_mode & 0o777 != 0o600:
+            path.chmod(0o600)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        database = None
         try:
+            database = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             yield database
+        except sqlite3.OperationalError as error:
+            raise ResourceError(f"The registry could not be used ({error}).", "Check free space.") from error
         finally:
-            database.close()
+            if database is not None:
+                database.close()
 
     @contextmanager
     def _change(self, *, told: bool = True) -> Iterator[sqlite3.Connection]:
@@ -85,7 +91,8 @@ class Registry:
                     database.execute("UPDATE version SET number = number + 1")
                 database.execute("COMMIT")
             except BaseException:
-                database.execute("ROLLBACK")
+                if database.in_transaction:  # a full disk ends it by itself
+                    database.execute("ROLLBACK")
                 raise
 
     def version(self) -> int:

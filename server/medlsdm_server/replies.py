@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_children_ids_from_object_content
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from medlsdm.checks import write_atomic, writing
 from medlsdm.errors import UNTOLD, IntegrityError, MedlsdmError, public_texts
 from medlsdm.federation.arrays import Arrays
 from medlsdm.federation.plan import RoundReply
@@ -22,6 +26,7 @@ from medlsdm_server.text import plain
 MOST_WEIGHT = 2.0**16
 MOST_SECONDS = 30 * 86_400.0
 SPARE_BYTES = 4096  # of an array's own header
+PIECE = 1 << 20  # values at a time, where float64 is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,11 @@ class Reply:
         with safe_open(self.file, "np") as stream:
             return stream.get_tensor(name)
 
+    def forget(self) -> None:
+        """Delete what was kept."""
+        for suffix in (".json", ".safetensors"):
+            self.file.with_suffix(suffix).unlink(missing_ok=True)
+
 
 def told(reason: object) -> str:
     """Return why a site refused: one of the sentences that our nodes may say, or that it may not say more."""
@@ -63,6 +73,7 @@ def read_reply(message: Message, site: str, expected: Arrays, file: Path) -> Rep
     Raises:
         IntegrityError: Something is not as asked; ``message`` says what in words of ours.
         MedlsdmError: The reply is of another release.
+        ResourceError: There is no room to keep it.
     """
     content = message.content
     if set(content.keys()) != {"arrays", "metrics", "reply"}:
@@ -101,15 +112,12 @@ def _keep(record: ArrayRecord, expected: Arrays, file: Path) -> float:
     for name, like in expected.items():
         value = _array(record.pop(name), name, like)
         if value.dtype.kind == "f":
-            square += float(np.square(value.astype(np.float64) - like).sum())
+            square += _square(value, like)
         kept[name] = value
     if not math.isfinite(square):
         raise _wrong("its weights are too large")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".draft")
-    save_file(kept, draft)
-    draft.chmod(0o600)
-    draft.replace(file)
+    with writing(file, mode=0o600) as draft:
+        save_file(kept, draft)
     return math.sqrt(square)
 
 
@@ -119,12 +127,66 @@ def _array(array: Array, name: str, like: Any) -> Any:
         array.data
     ) > like.nbytes + SPARE_BYTES:
         raise _wrong(f"the weight {plain(name)} is of another type, shape or size")
-    value = array.numpy()
-    if value.dtype != like.dtype or value.shape != like.shape:
+    value = _unpacked(array.data)
+    if value is None or value.dtype != like.dtype or value.shape != like.shape:
         raise _wrong(f"the weight {plain(name)} is of another type or shape")
     if value.dtype.kind not in "fiub" or (value.dtype.kind == "f" and not np.isfinite(value).all()):
         raise _wrong(f"the weight {plain(name)} holds values that are not finite")
-    return np.ascontiguousarray(value)
+    return np.asarray(value, order="C")
+
+
+def _unpacked(data: bytes) -> Any:
+    """Return the array in the bytes of a .npy file without a copy, or None where they are none or of another size.
+
+    NumPy's own reader takes memory for whatever size the header states, and opens archives too.
+    """
+    stream = io.BytesIO(data[:SPARE_BYTES])
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            return None
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError:
+        return None
+    begin = stream.tell()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - begin:
+        return None
+    return np.frombuffer(data, dtype, offset=begin).reshape(shape, order="F" if by_columns else "C")
+
+
+def _square(value: Any, like: Any) -> float:
+    """Return the squared length of a difference, in float64, a piece at a time."""
+    mine, sent = np.ravel(value), np.ravel(like)
+    pieces = (slice(i, i + PIECE) for i in range(0, mine.size, PIECE))
+    return sum(float(np.square(mine[p].astype(np.float64) - sent[p]).sum()) for p in pieces)
+
+
+@contextmanager
+def within(expected: Arrays) -> Iterator[None]:
+    """While Flower puts a reply together, refuse arrays that are larger in sum than those that were asked for.
+
+    An array lists its pieces by number and may list one a million times, so that a few bytes on the line become more
+    than memory holds before anybody here has looked at them.
+
+    Raises:
+        IntegrityError: They are larger; raised through Flower's call.
+    """
+    room = sum(like.nbytes + SPARE_BYTES for like in expected.values())
+    original = Array.__dict__["inflate"]
+
+    def inflate(cls: type[Array], object_content: bytes, children: Any = None) -> Array:
+        nonlocal room
+        names = get_object_children_ids_from_object_content(object_content)
+        for listed in json.loads(get_object_body(object_content, cls))["arraychunk_ids"]:
+            room -= len(children[names[listed]].data)
+            if room < 0:
+                raise _wrong("its weights are larger than those that were asked for")
+        return original.__func__(cls, object_content, children)
+
+    Array.inflate = classmethod(inflate)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Array.inflate = original
 
 
 def _wrong(what: str) -> IntegrityError:
@@ -142,9 +204,7 @@ def note_reply(reply: Reply) -> None:
         "site": reply.site, "weight": reply.weight, "loss": reply.loss, "training_seconds": reply.training_seconds,
         "norm": reply.norm,
     }  # fmt: skip
-    draft = reply.file.with_suffix(".json.draft")
-    draft.write_text(json.dumps(row))
-    draft.replace(reply.file.with_suffix(".json"))
+    write_atomic(reply.file.with_suffix(".json"), json.dumps(row).encode(), mode=0o600)
 
 
 def kept_replies(folder: Path, expected: Mapping[str, Any]) -> list[Reply]:

@@ -26,6 +26,7 @@ from .conducting import Grid, answer, coordinator, honest
 def quick(monkeypatch):
     monkeypatch.setattr(module, "POLL_S", 0.02)
     monkeypatch.setattr(module, "LOOK_S", 0.02)
+    monkeypatch.setattr(module, "ROOM_S", 0.02)
 
 
 def big(arrays):
