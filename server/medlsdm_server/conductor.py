@@ -16,20 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from medlsdm.errors import UNTOLD, BusyError, MedlsdmError, ResourceError, RoundError
+from medlsdm.errors import UNTOLD, BusyError, IntegrityError, MedlsdmError, ResourceError, RoundError
 from medlsdm.federation.arrays import Arrays
 from medlsdm.federation.identity import RosterEntry, node_digest
 from medlsdm.federation.plan import RoundPlan, Stage
 from medlsdm_server.averaging import Aggregator, too_far
 from medlsdm_server.checkpointing import Trained
 from medlsdm_server.contacts import Contact, read_contacts
+from medlsdm_server.exchange import forget_replies, moments_of, replies_of
 from medlsdm_server.home import ServerHome
 from medlsdm_server.launch import Launch, leading, note, read_events
 from medlsdm_server.registry import ADMITTED, Registry, Site
-from medlsdm_server.replies import Reply, kept_replies, note_reply, read_reply, refusal, told
+from medlsdm_server.replies import Reply, kept_replies, note_reply, read_reply, refusal, told, within
 from medlsdm_server.text import plain
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class Conductor:
                     for number in range(trained.rounds_done(stage) + 1, self._rounds(stage) + 1):
                         self._until_done(trained, stage, number)
                 note(self.home, self.launch.id, "finished")
+                forget_replies(self.home, self.launch.id)
             except ResourceError:
                 raise  # not the launch's fault: it is led on when there is room, from the last round
             except MedlsdmError as error:
@@ -106,7 +109,7 @@ class Conductor:
             try:
                 self._round(trained, stage, number)
                 return
-            except (RoundError, ResourceError) as error:
+            except (RoundError, ResourceError, IntegrityError) as error:
                 if attempt == TRIES:
                     raise
                 log.warning("%s round %s is tried again: %s", stage, number, error)
@@ -125,7 +128,7 @@ class Conductor:
             sites=sorted(s.name for s in online),
         )  # fmt: skip
         current = trained.arrays(stage)
-        folder = self.home.run / "updates" / self.launch.id / f"{stage}-{number:04d}"
+        folder = replies_of(self.home, self.launch.id, stage, number)
         asked = self._ask_all(online, trained, stage, number, current, folder)
         self._collect(asked, trained, stage, number, current, folder)
         self._bound(asked, stage)
@@ -133,13 +136,12 @@ class Conductor:
         rows = [_row(a) for a in asked]
         if len(replies) < self.launch.enough:
             note(self.home, self.launch.id, "short", stage=stage, round=number, rounds=rounds, sites=rows)
-            shutil.rmtree(folder, ignore_errors=True)
             raise RoundError(
                 f"Round {number} of {stage} got {len(replies)} usable replies from {len(asked)} sites;"
                 f" {self.launch.enough} are needed.",
                 "See the refusals in 'medlsdm-server status', then 'medlsdm-server launch --resume'.",
             )
-        memory = self.home.launches / f"{self.launch.id}.{stage}.moments.safetensors"
+        memory = moments_of(self.home, self.launch.id, stage, number)
         arrays = Aggregator(self.launch.strategy, memory).aggregate(number, replies, current)
         sites = [r.site for r in replies]
         losses = [(r.loss, r.weight) for r in replies if r.loss is not None]
@@ -169,6 +171,7 @@ class Conductor:
                 one.refused = (
                     f"The reply was not used: its update is more than {self.launch.update_bound:g} times the usual."
                 )
+                one.reply.forget()
                 one.reply = None
 
     def _sites(self) -> dict[int, Site]:
@@ -205,7 +208,8 @@ class Conductor:
         kept = {r.site: r for r in kept_replies(folder, current)}
         asked = [Asked(s.name, int(s.node_id)) for s in online]
         for one in asked:
-            one.reply = kept.get(one.site)
+            if (reply := kept.get(one.site)) is not None:
+                one.reply, one.seconds = reply, reply.training_seconds
         self._send([a for a in asked if a.open], trained, stage, number, current)
         return asked
 
@@ -297,11 +301,23 @@ class Conductor:
             if contacts and time.time() - contacts.get(one.site, Contact()).at > HEARD_S:
                 continue
             for name in list(one.messages):
-                for message in self.grid.pull_messages([name]):
+                for message in self._pull(one, name, current):
                     one.messages.remove(name)
                     yield one, message
                 if not one.open:
                     break
+
+    def _pull(self, one: Asked, name: str, current: Arrays) -> list[Message]:
+        """Return the answer to a message, if it is there. One that cannot be put together is the site's refusal."""
+        try:
+            with within(current):
+                return list(self.grid.pull_messages([name]))
+        except (httpx.HTTPError, OSError):
+            raise  # Flower is gone: this program ends and is started again
+        except Exception as error:
+            log.warning("a reply of %s could not be put together: %s", one.site, type(error).__name__)
+            one.refused = refusal(error)
+            return []
 
     def _take(self, one: Asked, message: Message, current: Arrays, folder: Path) -> None:
         """Read one message of a site. Whatever is wrong with it is the site's refusal, never the launch's end."""
@@ -312,8 +328,8 @@ class Conductor:
             reply = read_reply(message, one.site, current, folder / f"{one.site}.safetensors")
             note_reply(reply)
             one.reply, one.seconds = reply, time.monotonic() - one.since
-        except OSError as error:
-            raise ResourceError(f"A reply could not be kept ({error.strerror}).", "Check free space.") from error
+        except ResourceError:
+            raise  # our own disk is full
         except Exception as error:
             log.warning("a reply of %s was refused: %s", one.site, type(error).__name__)
             one.refused = refusal(error)
