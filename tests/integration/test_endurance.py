@@ -1,6 +1,6 @@
 """Rounds in which something is killed every time end all the same, with a model as good as an undisturbed run's.
 
-Six rounds by default; ``MEDLSDM_ROUNDS=30`` for the long run (``make test-federation``), ``MEDLSDM_BUSY=6`` for six
+Three rounds by default; ``MEDLSDM_ROUNDS=30`` for the long run (``make test-federation``), ``MEDLSDM_BUSY=6`` for six
 busy loops beside it.
 """
 
@@ -19,7 +19,7 @@ from medlsdm.checkpoints import load_checkpoint
 
 from .testbed import Bed, busy_loops, wait
 
-ROUNDS, BUSY = int(os.environ.get("MEDLSDM_ROUNDS", "6")), int(os.environ.get("MEDLSDM_BUSY", "0"))
+ROUNDS, BUSY = int(os.environ.get("MEDLSDM_ROUNDS", "3")), int(os.environ.get("MEDLSDM_BUSY", "0"))
 STEPS, PATIENCE = 20, 900
 
 pytestmark = pytest.mark.slow

@@ -45,6 +45,8 @@ finally:
 
 
 def test_a_slow_and_lossy_line_that_breaks_loses_no_round(tmp_path: Path):
+    if "MEDLSDM_ROUNDS" not in os.environ:
+        pytest.skip("ten minutes: make test-federation")
     if os.geteuid() != 0 or not all(shutil.which(p) for p in ("unshare", "ip", "tc")):
         pytest.skip("network namespaces cannot be made here")
     script = tmp_path / "run.py"
