@@ -22,7 +22,7 @@ hours: always                 # or, for example, ["20:00-06:00"]: begin rounds o
 max_rounds: 1000              # refuse launches with more rounds of a stage
 max_batch: 64                 # refuse plans that train on more patients or crops at once
 seed: site                    # who draws the order of training: this site, or the "coordinator"
-niceness: 10                  # how far training gives way to other programs: 0 not at all, 19 most
+niceness: 0                   # how far training gives way to other programs: 0 not at all, 19 most
 known_sites: {}               # name: key, as 'medlsdm-node status' shows it there; empty: pinned when first seen
 stages: [stage1, stage2]      # what may be trained here
 max_steps_per_round: 100000   # refuse longer rounds
@@ -55,7 +55,7 @@ class SitePolicy(BaseModel):
     max_rounds: int = Field(default=1000, ge=1, le=10_000)
     max_batch: int = Field(default=64, ge=1)
     seed: Literal["site", "coordinator"] = "site"
-    niceness: int = Field(default=10, ge=0, le=19)
+    niceness: int = Field(default=0, ge=0, le=19)
     known_sites: dict[str, str] = Field(default_factory=dict)
     gate: GatePolicy = GatePolicy()
 
