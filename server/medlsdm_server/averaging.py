@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
+from medlsdm.checks import writing
 from medlsdm.errors import IntegrityError, RoundError
 from medlsdm.federation.arrays import Arrays
 from medlsdm_server.replies import Reply
@@ -51,9 +52,13 @@ def mean_of(replies: Sequence[Reply], like: Arrays) -> Arrays:
             sum_ += reply.array(name).astype(np.float64) * (reply.weight / total)
         if not np.isfinite(sum_).all():
             raise IntegrityError("The average holds values that are not finite.", "The round is not used.")
-        kind = shape.dtype.kind
-        mean[name] = (np.rint(sum_) if kind in "iu" else sum_ > 0.5 if kind == "b" else sum_).astype(shape.dtype)
+        mean[name] = _as(sum_, shape.dtype)
     return mean
+
+
+def _as(value: Any, dtype: Any) -> Any:
+    """Return real numbers in the type that was sent; whole numbers are rounded."""
+    return (np.rint(value) if dtype.kind in "iu" else value > 0.5 if dtype.kind == "b" else value).astype(dtype)
 
 
 class Aggregator:
@@ -107,16 +112,15 @@ class Aggregator:
         made = adam.aggregate_train(number, [_message({k: mean[k] for k in floats}, 1.0)])[0]
         assert adam.m_t is not None
         assert adam.v_t is not None
-        draft = self.memory.with_suffix(".draft")
         moments = {f"m.{k}": v for k, v in adam.m_t.items()} | {f"v.{k}": v for k, v in adam.v_t.items()}
-        save_file({k: np.ascontiguousarray(v) for k, v in moments.items()}, draft)
-        draft.replace(self.memory)
+        with writing(self.memory) as draft:
+            save_file({k: np.asarray(v, order="C") for k, v in moments.items()}, draft)
         return _checked(made, floats) | {k: v for k, v in mean.items() if k not in floats}
 
 
 def _message(arrays: Arrays, weight: float) -> Message:
     content = {
-        "arrays": ArrayRecord({k: Array(np.ascontiguousarray(v)) for k, v in arrays.items()}),
+        "arrays": ArrayRecord({k: Array(np.asarray(v, order="C")) for k, v in arrays.items()}),
         "metrics": MetricRecord({"weight": weight}),
     }
     return Message(RecordDict(content), dst_node_id=1, message_type="train")
@@ -125,7 +129,7 @@ def _message(arrays: Arrays, weight: float) -> Message:
 def _checked(made: Any, like: Arrays) -> Arrays:
     if made is None or set(made.keys()) != set(like):
         raise IntegrityError("The strategy returned other weights than it was given.", "The round is not used.")
-    result = {k: made[k].numpy().astype(v.dtype).reshape(v.shape) for k, v in like.items()}
+    result = {k: _as(made[k].numpy(), v.dtype).reshape(v.shape) for k, v in like.items()}
     if not all(np.isfinite(v).all() for v in result.values() if v.dtype.kind == "f"):
         raise IntegrityError("The new weights hold values that are not finite.", "The round is not used.")
     return result

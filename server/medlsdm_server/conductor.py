@@ -368,7 +368,6 @@ class Conductor:
             patience = FRESH_S if contact.activated > one.at else IDLE_S
             if (one.lost and contact.pulled >= one.lost) or (one.rest and now - one.rest > patience):
                 log.warning("%s has lost its work of %s round %s and is asked again", one.site, stage, number)
-                one.messages.clear()
                 lost.append(one)
         return lost
 

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medlsdm.errors import EnrolmentError, ResourceError, UsageError
@@ -135,9 +135,9 @@ class Registry:
                 known = _site(database, request.site)
                 same = known is not None and (known.node_key, known.identity) == (request.node_key, request.identity)
                 again = known is not None and same and known.status == ADMITTED and not _good(database, request)
-                if again or (known is not None and same and known.status in (ADMITTED, PENDING) and not request.token):
+                if known is not None and same and (again or (known.status != REVOKED and not request.token)):
                     database.execute("UPDATE sites SET pledge = ? WHERE name = ?", (request.pledge, request.site))
-                    return _site(database, request.site) or known  # the invitation that it came with, once more
+                    return replace(known, pledge=request.pledge)  # the invitation that it came with, once more
                 if known is not None and known.status == REVOKED and not request.token:
                     raise EnrolmentError("The coordinator has revoked this site.", "Ask for a new invitation.")
                 if known is not None and not same and not request.token:
