@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_answers_tell_the_time_so_that_a_clock_that_is_off_can_be_corrected(clie
     late = {**sign_request(KEY, "site-a", "GET", "/v1/site", now=time.time() - 640)}
     answer = client.get("/v1/site", headers=late)
     assert answer.status_code == 403
-    assert "640 s behind" in answer.json()["message"]
+    assert re.search(r"6(39|4[0-9]) s behind", answer.json()["message"])
     assert abs(float(answer.headers["x-medlsdm-clock"]) - time.time()) < 5
 
 
