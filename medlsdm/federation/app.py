@@ -21,7 +21,7 @@ from medlsdm.errors import ConfigError, RoundError
 APP_FOLDER = Path(__file__).parent / "flower_app"
 
 HELPER_SECONDS = 3.0
-CHUNK_BYTES = 512 * 1024  # of an array that travels: what a broken transfer sends twice at most
+CHUNK_BYTES = 2 << 20  # of an array that travels: what a broken transfer sends twice at most
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP = 1, 24
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 

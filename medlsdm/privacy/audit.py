@@ -40,11 +40,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medlsdm.errors import DataError, GateError, GeometryError
-from medlsdm.privacy import index
+from medlsdm.privacy import MIN_PATIENTS, index
 from medlsdm.types import Geometry, Modality, Scan, SemanticMap
-
-MIN_PATIENTS = 5
-"""Below this many patients no threshold can be calibrated, and nothing is exported."""
 
 MARGIN = 0.01
 SMALL_SITE_DEVIATIONS = 6.0

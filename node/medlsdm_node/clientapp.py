@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from medlsdm.errors import MedlsdmError, ResourceError
+from medlsdm.federation.arrays import PACKED, Arrays, pack, unpack
 from medlsdm.federation.helpers import rotate
 from medlsdm.federation.plan import RoundPlan
 from medlsdm_node.home import NodeHome
@@ -33,7 +34,7 @@ def train(message: Message, context: Context) -> Message:
     home = NodeHome.default(None)
     try:
         plan = RoundPlan.from_json(str(message.content["config"]["plan"]))  # type: ignore[index]
-        arrays = {name: array.numpy() for name, array in message.content["arrays"].items()}  # type: ignore[union-attr]
+        arrays, packed = _arrays(message)
         with home.locked("round"):
             os.nice(load_policy(home.policy_file).niceness)
             write_activity(home, "starting", model=plan.model, stage=plan.stage, round=plan.round, rounds=plan.rounds)
@@ -50,12 +51,23 @@ def train(message: Message, context: Context) -> Message:
         return _refusal(home, message, unexpected, traceback.format_exc())
     content = RecordDict(
         {
-            "arrays": ArrayRecord({name: Array(value) for name, value in trained.items()}),
+            "arrays": ArrayRecord(
+                {PACKED: Array(pack(trained))} if packed else {k: Array(v) for k, v in trained.items()}
+            ),
             "metrics": MetricRecord({"weight": reply.weight}),
             "reply": ConfigRecord({"reply": reply.to_json()}),
         }
     )
     return Message(content, reply_to=message)
+
+
+def _arrays(message: Message) -> tuple[Arrays, bool]:
+    """Return the weights that were sent, and whether they came as one array; the answer goes back the same way."""
+    record = message.content["arrays"]
+    assert isinstance(record, ArrayRecord)
+    if set(record) == {PACKED}:
+        return unpack(record.pop(PACKED).numpy()), True
+    return {name: array.numpy() for name, array in record.items()}, False
 
 
 def _end_with_parent() -> None:

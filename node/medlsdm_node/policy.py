@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from medlsdm.errors import ConfigError, PolicyError, SchemaError
 from medlsdm.federation.plan import RoundPlan, Stage
-from medlsdm.sharing.gate import GatePolicy
+from medlsdm.sharing.gate_policy import GatePolicy
 from medlsdm.types import LabelSchema
 
 DEFAULT_POLICY = """\

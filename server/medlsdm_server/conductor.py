@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from medlsdm.errors import UNTOLD, BusyError, IntegrityError, MedlsdmError, ResourceError, RoundError
-from medlsdm.federation.arrays import Arrays
+from medlsdm.federation.arrays import PACKED, Arrays, pack
 from medlsdm.federation.identity import RosterEntry, node_digest
 from medlsdm.federation.plan import RoundPlan, Stage
 from medlsdm_server.averaging import Aggregator, too_far
@@ -216,7 +216,7 @@ class Conductor:
     def _send(self, asked: Sequence[Asked], trained: Trained, stage: Stage, number: int, current: Arrays) -> None:
         if not asked or not hasattr(self.grid, "push_messages"):
             return
-        record = ArrayRecord({k: Array(v) for k, v in current.items()})
+        record = ArrayRecord({PACKED: Array(pack(current))})
         config = self._config(trained, stage, number)
         for one in asked:
             message = _message(one.node, record, config, number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_children_ids_from_object_content
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from medlsdm.checks import write_atomic, writing
 from medlsdm.errors import UNTOLD, IntegrityError, MedlsdmError, public_texts
-from medlsdm.federation.arrays import Arrays
+from medlsdm.federation.arrays import PACKED, Arrays
 from medlsdm.federation.plan import RoundReply
 from medlsdm_server.text import plain
 
@@ -104,21 +104,44 @@ def _weight(declared: Any, again: float) -> float:
 
 
 def _keep(record: ArrayRecord, expected: Arrays, file: Path) -> float:
-    """Write the arrays to a file and return the length of the update."""
-    if set(record.keys()) != set(expected):
-        raise _wrong("its weights belong to another architecture")
-    kept: Arrays = {}
+    """Write the arrays to a file and return the length of the update. They come as one array, or by name."""
+    with writing(file, mode=0o600) as draft:
+        if set(record.keys()) == {PACKED}:
+            draft.write_bytes(_packed(record.pop(PACKED), expected))
+        else:
+            _same_names(record, expected)
+            save_file({name: _array(record.pop(name), name, like) for name, like in expected.items()}, draft)
+        return _norm(draft, expected)
+
+
+def _norm(file: Path, expected: Arrays) -> float:
+    """Return the length of the update in a file whose arrays are all as asked."""
     square = 0.0
-    for name, like in expected.items():
-        value = _array(record.pop(name), name, like)
-        if value.dtype.kind == "f":
-            square += _square(value, like)
-        kept[name] = value
+    try:
+        with safe_open(file, "np") as stream:
+            _same_names(stream.keys(), expected)
+            for name, like in expected.items():
+                value = _checked(stream.get_tensor(name), name, like)
+                square += _square(value, like) if value.dtype.kind == "f" else 0.0
+    except (SafetensorError, TypeError, AttributeError, KeyError) as error:  # TypeError: NumPy has no such type
+        raise _wrong("its weights cannot be read") from error
     if not math.isfinite(square):
         raise _wrong("its weights are too large")
-    with writing(file, mode=0o600) as draft:
-        save_file(kept, draft)
     return math.sqrt(square)
+
+
+def _same_names(names: Iterable[str], expected: Arrays) -> None:
+    if set(names) != set(expected):
+        raise _wrong("its weights belong to another architecture")
+
+
+def _packed(array: Array, expected: Arrays) -> memoryview:
+    """Return the bytes of the one array that holds all, if there are as many as were asked for."""
+    most = sum(like.nbytes + SPARE_BYTES for like in expected.values())
+    value = _unpacked(array.data) if len(array.data) <= most else None
+    if value is None or value.dtype != np.uint8 or value.ndim != 1:
+        raise _wrong("its weights are of another type, shape or size")
+    return value.data
 
 
 def _array(array: Array, name: str, like: Any) -> Any:
@@ -128,6 +151,10 @@ def _array(array: Array, name: str, like: Any) -> Any:
     ) > like.nbytes + SPARE_BYTES:
         raise _wrong(f"the weight {plain(name)} is of another type, shape or size")
     value = _unpacked(array.data)
+    return _checked(value, name, like)
+
+
+def _checked(value: Any, name: str, like: Any) -> Any:
     if value is None or value.dtype != like.dtype or value.shape != like.shape:
         raise _wrong(f"the weight {plain(name)} is of another type or shape")
     if value.dtype.kind not in "fiub" or (value.dtype.kind == "f" and not np.isfinite(value).all()):

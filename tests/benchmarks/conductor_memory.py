@@ -16,8 +16,8 @@ import conducting
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
+from medlsdm.federation.arrays import PACKED, pack
 from medlsdm.federation.plan import Stage
 from medlsdm_server.checkpointing import Trained
 from medlsdm_server.conductor import Conductor
@@ -37,15 +37,15 @@ class Line(conducting.Grid):
     def push_messages(self, messages: list) -> list[str]:
         for message in messages:
             if not self.file.exists():
-                save_file({k: a.numpy() for k, a in message.content["arrays"].items()}, self.file)
+                self.file.write_bytes(message.content["arrays"][PACKED].numpy().data)
             self.to[f"m{len(self.to)}"] = message.metadata.dst_node_id
         return [f"m{len(self.to) - 1}"]
 
     def pull_messages(self, names: list[str]) -> list[Message]:
         records = conducting.answer({}, 4.0)
         with safe_open(self.file, "np") as sent:
-            made = {k: Array(sent.get_tensor(k) + np.float32(0.001)) for k in sent.keys()}  # noqa: SIM118
-        records["arrays"] = ArrayRecord(made)
+            made = {k: sent.get_tensor(k) + np.float32(0.001) for k in sent.keys()}  # noqa: SIM118
+        records["arrays"] = ArrayRecord({PACKED: Array(pack(made))})
         asked = Message(RecordDict({}), dst_node_id=self.to[names[0]], message_type="train")
         asked.metadata.__dict__["_message_id"] = names[0]
         return [Message(RecordDict(records), reply_to=asked)]

@@ -1,7 +1,8 @@
 """A round's overhead apart from training, beside plain Flower's in the same run, for models of several sizes.
 
 ``python tests/benchmarks/federation.py [--busy 6] [--megabytes 0.1 6 210] [--rounds 3] [--json FILE]``. Plain Flower
-runs without TLS and without checks, its app returns at once; both have three sites on this machine.
+runs without TLS and without checks; both have three sites on this machine, train the same model by the same step, and
+are charged for what a round takes beyond its longest training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-from testbed import Bed, busy_loops, inside_own_network, program, wait
+from testbed import SIZE, Bed, busy_loops, inside_own_network, program, wait
 
 PATIENCE = 1800.0
 PROJECT = """[build-system]
@@ -42,58 +43,81 @@ serverapp = "plain.server:app"
 clientapp = "plain.client:app"
 """
 SERVER = """import json, time
-import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
+from safetensors.numpy import load_file
 app = ServerApp()
 
 class Timed(FedAvg):
     last = None
     def aggregate_train(self, number, replies):
+        replies = list(replies)
+        assert len(replies) == 3 and not any(r.has_error() for r in replies)
+        longest = max(r.content["metrics"]["seconds"] for r in replies)
         made = super().aggregate_train(number, replies)
         now = time.time()
         with open({times!r}, "a") as stream:
-            stream.write(json.dumps(now - Timed.last) + "\\n")
+            stream.write(json.dumps(now - Timed.last - longest) + "\\n")
         Timed.last = now
         return made
 
 @app.main()
 def main(grid, context):
-    made = (np.random.default_rng(n).normal(size={numbers}).astype("float32") for n in range({tensors}))
-    arrays = ArrayRecord({{f"w{{n}}": Array(array) for n, array in enumerate(made)}})
+    arrays = ArrayRecord({{k: Array(v) for k, v in load_file({weights!r}).items()}})
     strategy = Timed(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
     while len(list(grid.get_node_ids())) < 3:
         time.sleep(0.5)
     Timed.last = time.time()
     strategy.start(grid=grid, initial_arrays=arrays, num_rounds={rounds})
 """
-CLIENT = """import torch
-from flwr.app import ArrayRecord, Array, Message, MetricRecord, RecordDict
+CLIENT = """from flwr.app import ArrayRecord, Array, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 app = ClientApp()
 
 @app.train()
 def train(message, context):
-    arrays = {k: a.numpy() + 1e-3 for k, a in message.content["arrays"].items()}
-    content = {"arrays": ArrayRecord({k: Array(v.astype("float32")) for k, v in arrays.items()}),
-               "metrics": MetricRecord({"num-examples": 1.0})}
-    return Message(RecordDict(content), reply_to=message)
+    import time
+    began = time.monotonic()
+    import torch
+    from medlsdm.anatomy import generate
+    from medlsdm.config import load_preset
+    from medlsdm.models.vqgan import build_autoencoder
+    from medlsdm.types import Modality
+    from medlsdm.training.patients import prepare
+    from medlsdm.training.texture import train_first_stage
+    pairs = [generate(k, Modality.MR, {size}) for k in range(10)]
+    preset = load_preset({preset!r})
+    model = build_autoencoder(preset, len(pairs[0][1].schema.ids))
+    model.load_state_dict({{k: torch.from_numpy(a.numpy()) for k, a in message.content["arrays"].items()}})
+    train_first_stage(model, prepare(pairs, preset), preset, steps=1, first_step=0, total_steps=9, seed=1)
+    arrays = {{k: Array(v.numpy()) for k, v in model.state_dict().items()}}
+    metrics = {{"num-examples": 1.0, "seconds": time.monotonic() - began}}
+    return Message(RecordDict({{"arrays": ArrayRecord(arrays), "metrics": MetricRecord(metrics)}}), reply_to=message)
 """
 
 
-def plain(folder: Path, megabytes: float, rounds: int) -> list[float]:
-    """Return the seconds of each round of plain Flower."""
+def plain(folder: Path, preset: Path, rounds: int) -> list[float]:
+    """Return the seconds of each round of plain Flower with our model and our training, apart from training."""
+    from safetensors.numpy import save_file
+
+    from medlsdm.anatomy import generate
+    from medlsdm.config import load_preset
+    from medlsdm.models.vqgan import build_autoencoder
+    from medlsdm.types import Modality
+
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "app/plain").mkdir(parents=True)
-    times, tensors = folder / "times", 40
-    numbers = max(int(megabytes * 1e6 / 4 / tensors), 1)
+    times, weights = folder / "times", folder / "weights.safetensors"
+    labels = len(generate(0, Modality.MR, SIZE)[1].schema.ids)
+    model = build_autoencoder(load_preset(str(preset)), labels)
+    save_file({k: v.numpy() for k, v in model.state_dict().items()}, weights)
     (folder / "app/pyproject.toml").write_text(PROJECT)
     (folder / "app/LICENSE").write_text("none\n")
     (folder / "app/plain/__init__.py").write_text("")
-    filled = SERVER.format(times=str(times), numbers=numbers, tensors=tensors, rounds=rounds)
+    filled = SERVER.format(times=str(times), weights=str(weights), rounds=rounds)
     (folder / "app/plain/server.py").write_text(filled)
-    (folder / "app/plain/client.py").write_text(CLIENT)
+    (folder / "app/plain/client.py").write_text(CLIENT.format(size=SIZE, preset=str(preset)))
     environment = os.environ | {
         "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(program('flwr')).parent}{os.pathsep}{os.environ['PATH']}",
@@ -142,11 +166,8 @@ def width(megabytes: float) -> int:
     return max(8, int((megabytes / 8.19) ** 0.5 * 56) // 8 * 8)
 
 
-def ours(bed: Bed, megabytes: float, rounds: int) -> tuple[list[float], float, float]:
+def ours(bed: Bed, plan: Path, rounds: int) -> tuple[list[float], float, float]:
     """Return each round's seconds apart from training, the model's size in MB, and the ServerApp's peak in MB."""
-    wide = width(megabytes)
-    preset = {"autoencoder": {"channels": [wide, 2 * wide], "label_width": 8}}
-    plan = bed.plan(rounds=rounds, steps=1, stage2=1, name=f"p{wide}", preset=preset, deadline_s=PATIENCE)
     launch, peak = bed.launch(plan), 0.0
 
     def done() -> bool:
@@ -157,7 +178,7 @@ def ours(bed: Bed, megabytes: float, rounds: int) -> tuple[list[float], float, f
                 peak = max(peak, int(text.split("VmHWM:")[1].split()[0]) / 1024)
         return len([e for e in bed.events(launch, "round") if e["stage"] == "stage1"]) >= rounds
 
-    wait(done, PATIENCE, f"{rounds} rounds of {megabytes} MB", 0.2)
+    wait(done, PATIENCE, f"{rounds} rounds", 0.2)
     rows = [e for e in bed.events(launch, "round") if e["stage"] == "stage1"]
     file = bed.home / "models" / rows[-1]["checkpoint"] / "autoencoder.safetensors"
     size = file.stat().st_size / 1e6
@@ -178,13 +199,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with busy_loops(chosen.busy):
         for megabytes in chosen.megabytes:
-            flower = plain(root / "plain", megabytes, chosen.rounds)
+            wide = width(megabytes)
             bed = Bed(root / "bed")
             try:
                 bed.up()
-                mine, size, peak = ours(bed, megabytes, chosen.rounds)
+                preset = {"autoencoder": {"channels": [wide, 2 * wide], "label_width": 8}}
+                plan = bed.plan(rounds=chosen.rounds, steps=1, name=f"p{wide}", preset=preset, deadline_s=PATIENCE)
+                mine, size, peak = ours(bed, plan, chosen.rounds)
             finally:
                 bed.down()
+            flower = plain(root / "plain", plan.with_suffix(".preset.yaml"), chosen.rounds)
             ratio = round(statistics.median(mine) / statistics.median(flower), 2)
             row = {
                 "asked_mb": megabytes, "our_mb": round(size, 2), "plain_s": [round(x, 1) for x in flower],

@@ -3,8 +3,8 @@ import pytest
 from scipy import ndimage, stats
 
 from medlsdm.errors import DataError, GateError
-from medlsdm.privacy import index
-from medlsdm.privacy.audit import MIN_PATIENTS, PLANTS, CopyDetector, PlantResult, plant_recall
+from medlsdm.privacy import MIN_PATIENTS, index
+from medlsdm.privacy.audit import PLANTS, CopyDetector, PlantResult, plant_recall
 from medlsdm.types import Geometry, LabelClass, LabelSchema, Modality, Scan, SemanticMap
 from medlsdm.volumes import from_ras, to_ras
 

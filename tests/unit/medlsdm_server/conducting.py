@@ -12,8 +12,10 @@ import numpy as np
 import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from safetensors import SafetensorError
 
 from medlsdm.config import load_preset
+from medlsdm.federation.arrays import PACKED, pack, unpack
 from medlsdm.federation.plan import RoundReply
 from medlsdm_server.home import ServerHome, ServerSettings
 from medlsdm_server.launch import Launch, load_plan, new_launch
@@ -47,6 +49,18 @@ def honest(arrays: dict[str, Any], weight: float, seed: int = 0) -> dict[str, An
     return answer(moved, weight)
 
 
+def as_sent(records: dict[str, Any]) -> dict[str, Any]:
+    """Return the records with the weights in one array, as our nodes send them, where they can be packed."""
+    try:
+        arrays = {k: a.numpy() for k, a in records["arrays"].items()}
+        if any(a.dtype.byteorder == ">" for a in arrays.values()):
+            return records
+        packed = pack(arrays)
+    except (KeyError, ValueError, AttributeError, SafetensorError):
+        return records
+    return records | {"arrays": ArrayRecord({PACKED: Array(packed)})}
+
+
 class Grid:
     """Carry messages to sites that are functions; replies are made when they are pulled, one at a time."""
 
@@ -74,12 +88,12 @@ class Grid:
         for name in names:
             message = self.pushed[name]
             node = message.metadata.dst_node_id
-            arrays = {k: a.numpy() for k, a in message.content["arrays"].items()}
+            arrays = unpack(message.content["arrays"][PACKED].numpy())
             said = self.sites[node](arrays, self.weights[(node - 101) % len(self.weights)])
             if said is None:
                 continue
             message.metadata.__dict__["_message_id"] = name
-            content = said if isinstance(said, Error) else RecordDict(said)
+            content = said if isinstance(said, Error) else RecordDict(as_sent(said))
             found.append(Message(content, reply_to=message))
         return found
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 from flwr.app import Error
-from safetensors import SafetensorError
 
 from medlsdm.checkpoints import load_checkpoint
 from medlsdm.errors import IntegrityError, PolicyError, ResourceError
@@ -91,14 +92,14 @@ def test_replies_of_rounds_that_are_over_do_not_stay(tmp_path):
 
 def test_a_full_disk_while_a_reply_is_kept_costs_a_try_and_no_site(tmp_path, monkeypatch):
     home, launch = coordinator(tmp_path / "s", **ONE)
-    real, fails = replies.save_file, [SafetensorError("No space left on device")]
+    real, fails = replies._packed, [OSError(errno.ENOSPC, "No space left on device")]
 
     def full_once(*given):
         if fails:
             raise fails.pop()
-        real(*given)
+        return real(*given)
 
-    monkeypatch.setattr(replies, "save_file", full_once)
+    monkeypatch.setattr(replies, "_packed", full_once)
     Conductor(home, launch, Grid(honest, honest, honest)).run()
     assert [e["event"] for e in read_events(home, launch.id)].count("again") == 1
     assert not any(s["refused"] for r in rounds(home, launch) for s in r["sites"])

@@ -19,10 +19,11 @@ from hypothesis.extra import numpy as npst
 from safetensors import SafetensorError
 
 from medlsdm.errors import UNTOLD, IntegrityError, MedlsdmError, PolicyError, ResourceError
+from medlsdm.federation.arrays import PACKED, pack, unpack
 from medlsdm_server import replies
 from medlsdm_server.replies import kept_replies, note_reply, read_reply, refusal, told, within
 
-from .conducting import answer
+from .conducting import answer, as_sent
 
 SENT = {
     "w": np.arange(12, dtype=np.float32).reshape(3, 4), "scale": np.array(1.5, np.float32),
@@ -235,3 +236,42 @@ def test_an_honest_array_goes_through_and_flower_is_left_as_it_was():
         got = inflate_object_from_contents(*deflated(whole, list(range(len(whole.children)))))
     assert np.array_equal(got.numpy(), value)
     assert Array.__dict__["inflate"] is before
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays)
+def test_a_packed_reply_reads_as_the_named_one(tmp_path_factory, sent):
+    folder = tmp_path_factory.mktemp("spool")
+    named, packed = read(folder, answer(sent), sent), read(folder / "packed", as_sent(answer(sent)), sent)
+    assert packed.norm == named.norm == 0
+    assert {k: v.tobytes() for k, v in packed.arrays()} == {k: v.tobytes() for k, v in named.arrays()}
+    back = unpack(pack(sent))
+    assert {k: (v.dtype, v.shape, v.tobytes()) for k, v in back.items()} == {
+        k: (v.dtype, v.shape, v.tobytes()) for k, v in sent.items()
+    }
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_packed_reply_with_changed_bytes_is_refused_or_holds_other_values(tmp_path_factory, data):
+    folder, blob = tmp_path_factory.mktemp("spool"), bytearray(pack(SENT).tobytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        blob = blob[: data.draw(st.integers(0, len(blob)))]
+    records = answer(SENT) | {"arrays": ArrayRecord({PACKED: Array(np.frombuffer(bytes(blob), np.uint8))})}
+    try:
+        reply = read(folder, records)
+    except IntegrityError:
+        assert list(folder.iterdir()) == []
+        return
+    kept = dict(reply.arrays())
+    assert {k: (v.dtype, v.shape) for k, v in kept.items()} == {k: (v.dtype, v.shape) for k, v in SENT.items()}
+    assert all(np.isfinite(v).all() for v in kept.values() if v.dtype.kind == "f")
+
+
+@pytest.mark.parametrize("array", [np.zeros(9, np.float32), np.zeros((3, 3), np.uint8), np.zeros(10**7, np.uint8)])
+def test_a_packed_reply_that_is_no_row_of_bytes_is_refused(tmp_path, array):
+    with pytest.raises(IntegrityError):
+        read(tmp_path, answer(SENT) | {"arrays": ArrayRecord({PACKED: Array(array)})})
+    assert list(tmp_path.iterdir()) == []

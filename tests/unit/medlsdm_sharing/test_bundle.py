@@ -15,7 +15,8 @@ from medlsdm.errors import BusyError, DataError, GateError, IntegrityError, NotS
 from medlsdm.model_card import ModelCard
 from medlsdm.sharing import bundle
 from medlsdm.sharing.bundle import export, public_geometry
-from medlsdm.sharing.gate import AuditReport, GatePolicy, VolumeVerdict, volume_digest
+from medlsdm.sharing.gate import AuditReport, VolumeVerdict, volume_digest
+from medlsdm.sharing.gate_policy import GatePolicy
 from medlsdm.sharing.receipt import verify_receipt
 from medlsdm.types import Geometry, SyntheticVolume
 

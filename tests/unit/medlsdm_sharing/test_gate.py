@@ -3,7 +3,8 @@ import pytest
 from pydantic import ValidationError
 
 from medlsdm.errors import DataError, GateError, NotSyntheticError
-from medlsdm.sharing.gate import COPY, GatePolicy, audit
+from medlsdm.sharing.gate import COPY, audit
+from medlsdm.sharing.gate_policy import GatePolicy
 from medlsdm.types import Modality, SemanticMap
 
 from .conftest import (
